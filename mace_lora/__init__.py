@@ -1,0 +1,35 @@
+"""Parameter-efficient, symmetry-preserving fine-tuning of MACE foundation models.
+
+Names are imported on first use, so that `mace_lora doctor` can speak even where torch is broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AdapterConfig": "mace_lora.config",
+    "InjectionReport": "mace_lora.report",
+    "MaceLoraError": "mace_lora.errors",
+    "inject": "mace_lora.inject",
+    "inject_lora": "mace_lora.api",
+    "load_adapter": "mace_lora.api",
+    "load_foundation": "mace_lora.api",
+    "merge": "mace_lora.merge",
+    "merge_lora_weights": "mace_lora.api",
+    "save_adapter": "mace_lora.api",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mace_lora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The adapter methods: one file each, named in `registry`."""

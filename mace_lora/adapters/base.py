@@ -1,0 +1,91 @@
+"""What every adapter is: a change of one weight by a few trainable factors, W -> f(W, factors).
+
+An adapter is a parametrisation (`torch.nn.utils.parametrize`) of a tensor of a layer, so the layer
+keeps its class, its code and its place, and merging means writing the effective weight down.
+Facts about a method are data on its class, asked by those who need them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.utils import parametrize
+
+from mace_lora.blocks import Site, WeightLayout
+from mace_lora.errors import ConfigError
+
+
+def option(default: Any, help: str, **flag: Any) -> Any:
+    """A dataclass field that is also a flag `--<method>_<name>` and a key of `adapter_config.json`.
+
+    `flag` goes to `add_argument` (choices, nargs, type, metavar).
+    """
+    return field(default=default, metadata={"help": help, **flag})
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Options that all methods have. A method derives its own from this."""
+
+    targets: tuple[str, ...] = option(
+        ("default",),
+        "which layers to adapt: presets (default, all, linear, dense, radial, skip, contraction) "
+        "and regular expressions over layer names, space-separated; any match counts",
+        nargs="+",
+        type=str,
+    )
+
+    def __post_init__(self) -> None:
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        object.__setattr__(self, "targets", targets)
+        if not targets or not all(isinstance(t, str) and t for t in targets):
+            raise ConfigError(f"targets must be one or more non-empty texts, found {targets!r}")
+        self.check()
+
+    def check(self) -> None:
+        """Raises ConfigError where a value makes no sense. Methods extend it."""
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def fields(cls) -> tuple[Field, ...]:
+        return fields(cls)
+
+
+class Adapter(torch.nn.Module):
+    """The change of one weight. Its parameters, all of them, are what is trained.
+
+    Class facts:
+        Options: dataclass of the method's options, a subclass of `AdapterOptions`.
+        mergeable: the effective weight does not depend on the input.
+        identity_at_init: a fresh adapter leaves the model as it is.
+        default_kinds: kinds of layers (`blocks.KINDS`) that the target preset "default" means.
+    """
+
+    Options: ClassVar[type[AdapterOptions]] = AdapterOptions
+    mergeable: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = True
+    default_kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial")
+
+    def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
+        super().__init__()
+        self.layout = layout
+        self.options = options
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The effective weight, of the shape of `weight`."""
+        raise NotImplementedError
+
+    def notes(self) -> str:
+        """What the user should know about this layer, such as a capped rank; or nothing."""
+        return ""
+
+    def attach(self, site: Site) -> None:
+        """Become part of the layer: from now on its weight is the effective one."""
+        weight = site.weight
+        self.to(device=weight.device, dtype=weight.dtype)
+        parametrize.register_parametrization(site.module, site.tensor, self)

@@ -1,0 +1,124 @@
+"""The Python interface beyond `inject` and `merge`: mace-torch's own names, adapters in files."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mace_lora import artefact
+from mace_lora.config import AdapterConfig
+from mace_lora.errors import ArtefactError, ConfigError
+from mace_lora.fingerprint import fingerprint
+from mace_lora.inject import adapter_parameters, adapters, inject
+from mace_lora.merge import merge
+from mace_lora.report import InjectionReport
+
+
+def inject_lora(
+    model: torch.nn.Module,
+    rank: int = 4,
+    alpha: float = 1.0,
+    wrap_equivariant: bool = True,
+    wrap_dense: bool = True,
+    cueq_config: Any = None,
+) -> InjectionReport:
+    """Attach LoRA adapters in place, with mace-torch's signature.
+
+    Args:
+        model: a MACE model.
+        rank: rank of the updates, capped per irrep at what a layer can use.
+        alpha: the update is scaled by alpha / rank.
+        wrap_equivariant: adapt the equivariant linear layers.
+        wrap_dense: adapt torch.nn.Linear and the radial networks.
+        cueq_config: accepted for compatibility; adapters change weights, whatever the kernels.
+
+    Raises:
+        ConfigError, NoLayerMatched: see `inject`.
+    """
+    del cueq_config
+    kinds = (["linear"] if wrap_equivariant else []) + (["dense", "radial"] if wrap_dense else [])
+    if not kinds:
+        raise ConfigError("wrap_equivariant=False and wrap_dense=False leave no layer to adapt")
+    from mace_lora.blocks import find_sites
+
+    present = {site.layout.kind for site in find_sites(model)[0]}
+    targets = tuple(k for k in kinds if k in present) or tuple(kinds)
+    return inject(model, AdapterConfig.create("lora", rank=rank, alpha=alpha, targets=targets))
+
+
+def merge_lora_weights(model: torch.nn.Module, inplace: bool = True) -> torch.nn.Module:
+    """Fold the adapters into the model's weights, with mace-torch's signature; see `merge`."""
+    return merge(model if inplace else deepcopy(model))
+
+
+def load_foundation(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """The foundation model `mini`, or one from a `.model` file; see `host.models.load`."""
+    from mace_lora.host import models
+
+    return models.load(name, device, dtype)
+
+
+def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
+    """Write the adapters of `model` to a directory, without its own weights.
+
+    Raises:
+        ConfigError: the model carries no adapters.
+    """
+    from mace_lora.host import models
+
+    methods = {type(adapter): adapter.options for _, adapter in adapters(model)}
+    if not methods:
+        raise ConfigError("the model carries no adapters: inject some before saving them")
+    (method, options), *_ = methods.items()
+    config = AdapterConfig(_method_name(method), options)
+    description = {**models.describe(model), "fingerprint": fingerprint(model)}
+    base = {"name": None, "head": None, **description}
+    artefact.write(folder, config, adapter_parameters(model), base, description)
+
+
+def _method_name(method: type) -> str:
+    from mace_lora.adapters.registry import METHODS, get_method
+
+    return next(name for name in METHODS if get_method(name) is method)
+
+
+def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Module:
+    """Base model and adapter directory to an adapted model; `merge` makes it a plain one.
+
+    Args:
+        base: the foundation model (or `mini`, or a `.model` file) that the adapter was trained
+            from, or the model that the training run started from; it is not changed.
+        folder: written by `save_adapter` or by a training run.
+
+    Returns:
+        A new model with the run's elements, E0s, scale and shift, and its adapters attached.
+
+    Raises:
+        ArtefactError: the directory is broken, or belongs to another base model.
+    """
+    from mace_lora.host import models
+
+    content = artefact.read(folder)
+    if isinstance(base, str):
+        base = models.load(base)
+    base = models.one_head(base, content.base.get("head"))
+    found = fingerprint(base)
+    if found == content.model.get("fingerprint"):
+        model = deepcopy(base)
+        models.restore_constants(model, content.model)
+    elif found == content.base.get("fingerprint"):
+        model = models.specialise(base, content.model)
+    else:
+        raise ArtefactError(
+            f"{folder} belongs to another base model: it was trained from "
+            f"{content.base.get('name')!r} ({content.base.get('class')}, fingerprint "
+            f"{str(content.base.get('fingerprint'))[:12]}), this one has fingerprint {found[:12]}"
+        )
+    inject(model, content.config)
+    artefact.load_factors(model, content.tensors)
+    return model

@@ -1,0 +1,152 @@
+"""The commands `mace_run_train` and `mace_lora`: upstream's flags and ours, in one parser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mace_lora.adapters.registry import METHODS, get_method
+from mace_lora.config import AdapterConfig
+from mace_lora.errors import ConfigError, MaceLoraError
+
+_GROUP = "adapters (mace-lora)"
+_ABOUT = (
+    "Parameter-efficient fine-tuning of a foundation model: adapters are attached, the model's own "
+    "weights frozen, and everything is merged into a plain MACE model at the end. "
+    "--foundation_model=mini is a small model for H, C, N, O inside this package."
+)
+
+
+class _Default:
+    """A default value that can be told apart from the same value given by the user."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __str__(self) -> str:  # what --help shows
+        value = self.value
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Upstream's parser, plus `--adapter` and a flag per option of every method."""
+    from mace_lora.host.run import build_parser as upstream_parser
+
+    parser = upstream_parser()
+    group = parser.add_argument_group(_GROUP, _ABOUT)
+    group.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help=f"adapter method: {', '.join(METHODS)}; --lora=True means --adapter=lora",
+        default=_Default(None),
+    )
+    for name in METHODS:
+        for field in get_method(name).Options.fields():
+            flag = f"{name}_{field.name}"
+            if parser.get_default(flag) is None:  # upstream has --lora_rank and --lora_alpha
+                keywords = dict(field.metadata)
+                keywords.setdefault("type", type(field.default))
+                group.add_argument(f"--{flag}", **keywords)
+            parser.set_defaults(**{flag: _Default(field.default)})
+    parser.set_defaults(lora=_Default(parser.get_default("lora")))
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, AdapterConfig | None]:
+    """Flags and `--config` file to upstream's arguments and the adapter, None for no adapter.
+
+    Raises:
+        ConfigError: unknown or contradictory flags, or a value that makes no sense.
+    """
+    args = build_parser().parse_args(argv)
+    given: dict[str, Any] = {}
+    for name, value in vars(args).items():
+        if isinstance(value, _Default):
+            setattr(args, name, value.value)
+        else:
+            given[name] = value
+    config = _adapter(args, given)
+    rank, alpha = args.lora_rank, args.lora_alpha
+    for name in _our_flags():  # upstream logs and stores its arguments: leave it only its own
+        delattr(args, name)
+    args.lora_rank, args.lora_alpha = rank, alpha
+    return args, config
+
+
+def _our_flags() -> list[str]:
+    flags = [f"{m}_{f.name}" for m in METHODS for f in get_method(m).Options.fields()]
+    return ["adapter", *flags]
+
+
+def _adapter(args: argparse.Namespace, given: dict[str, Any]) -> AdapterConfig | None:
+    method = args.adapter
+    if args.lora and method not in (None, "lora"):
+        raise ConfigError(
+            f"--lora=True means --adapter=lora and contradicts --adapter={method}: give one of them"
+        )
+    if "lora" in given and not args.lora and method == "lora":
+        raise ConfigError("--lora=False contradicts --adapter=lora: give one of them")
+    method = method or ("lora" if args.lora else None)
+    if method is not None:
+        get_method(method)  # an unknown name first
+    _refuse_options_of_others(method, given)
+    if method is None:
+        return None
+    options = {
+        f.name: getattr(args, f"{method}_{f.name}") for f in get_method(method).Options.fields()
+    }
+    return AdapterConfig.create(
+        method, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    )
+
+
+def _refuse_options_of_others(method: str | None, given: dict[str, Any]) -> None:
+    for other in METHODS:
+        for field in get_method(other).Options.fields():
+            flag = f"{other}_{field.name}"
+            if flag in given and other != method:
+                # upstream accepts --lora_rank without --lora, and so do we
+                if method is None and flag in ("lora_rank", "lora_alpha"):
+                    continue
+                chosen = f"--adapter={method}" if method else "no adapter is chosen"
+                raise ConfigError(
+                    f"--{flag} belongs to --adapter={other}, but {chosen}: "
+                    f"leave it out, or give --adapter={other}"
+                )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`mace_run_train`: upstream's command, with adapters."""
+    from mace_lora.host.run import run
+
+    try:
+        args, config = parse(argv)
+        run(args, config)
+    except MaceLoraError as error:
+        sys.exit(f"error: {error}")
+
+
+_USAGE = """usage: mace_lora COMMAND ...
+
+commands:
+  train    fine-tune or train: the same program as mace_run_train (mace_lora train --help)
+  doctor   what is installed, what works, what doesn't, in plain words
+"""
+
+
+def main_tools(argv: Sequence[str] | None = None) -> None:
+    """`mace_lora COMMAND`, also `python -m mace_lora COMMAND`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv else "--help"
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+    elif command == "train":
+        main(argv)
+    elif command == "doctor":
+        from mace_lora.doctor import main as doctor
+
+        sys.exit(doctor(argv))
+    else:
+        sys.exit(f"error: unknown command {command!r}\n{_USAGE}")

@@ -1,0 +1,54 @@
+"""Errors that a person reads: what was asked, what was found, what to do.
+
+Every error that this package raises on purpose derives from `MaceLoraError`, so that the command
+line can print the message alone, without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MaceLoraError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(MaceLoraError, ValueError):
+    """A flag, a configuration value or a combination of them makes no sense."""
+
+
+class NoLayerMatched(ConfigError):
+    """A target pattern (or all of them) matches no layer of the model."""
+
+
+class DataError(MaceLoraError, ValueError):
+    """A file of frames cannot be trained on."""
+
+
+class FoundationModelError(MaceLoraError, ValueError):
+    """The foundation model cannot be found, read, or fine-tuned."""
+
+
+class ArtefactError(MaceLoraError, ValueError):
+    """An adapter directory is broken, foreign, or belongs to another base model."""
+
+
+class NotMergeable(MaceLoraError, RuntimeError):
+    """An adapter depends on the input, so that no fixed weight reproduces it."""
+
+
+class MergeMismatch(MaceLoraError, RuntimeError):
+    """The merged model does not predict what the adapted model predicts."""
+
+
+class UnsupportedUpstream(MaceLoraError, RuntimeError):
+    """The installed mace-torch is not one that this package knows how to host."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence listing `known`, with the closest match to `name` if there is one."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"known: {', '.join(known)}.{hint}"

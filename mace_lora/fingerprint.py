@@ -1,0 +1,34 @@
+"""What identifies a base model, whatever its precision, device, kernels or adapters."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from mace_lora.adapters.base import Adapter
+
+
+def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The base model's own parameters by their original names, without any adapter's."""
+    foreign = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in foreign:
+            # <layer>.parametrizations.<tensor>.original
+            plain = name.removesuffix(".original").replace(".parametrizations.", ".")
+            state[plain] = parameter
+    return state
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A SHA-256 over the base parameters in single precision, and their names and shapes.
+
+    Single precision, so that a float32 file and its float64 copy are the same base.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_state(model).items()):
+        values = parameter.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()

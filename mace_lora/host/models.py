@@ -1,0 +1,233 @@
+"""MACE models in and out: foundation models, what a fine-tuning changes in them, predictions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mace_lora.errors import FoundationModelError, did_you_mean
+from mace_lora.host import mini, upstream
+
+MINI = "mini"
+_PARTS = ("r_max", "atomic_numbers", "node_embedding", "interactions", "products", "readouts")
+# Outputs that are compared when a merge is proved; a model gives some of them
+OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
+
+
+def upstream_names() -> list[str]:
+    """Names of foundation models that mace-torch downloads by itself."""
+    run_train = upstream.module("mace.cli.run_train")
+    named = [*run_train.mace_mp_names, *run_train.polar_model_names]
+    return sorted({n for n in named if n} | {"small_off", "medium_off", "large_off", "mace_omol"})
+
+
+def is_ours(name: str) -> bool:
+    """Whether `load` loads this model, rather than mace-torch: `mini` and files."""
+    return name not in upstream_names()
+
+
+def load(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """The foundation model `mini`, or a `.model` file.
+
+    Args:
+        name: "mini" or a path. A file is a pickle, which can run code: open only those you trust.
+        device: where to put it.
+        dtype: cast to this precision; None keeps the file's.
+
+    Raises:
+        FoundationModelError: no such file or name, or the file holds no MACE model.
+    """
+    model = mini.build(dtype) if name == MINI else _load_file(name, device)
+    model = model.to(device)
+    return model if dtype is None else model.to(dtype)
+
+
+def _load_file(name: str, device: str | torch.device) -> torch.nn.Module:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FoundationModelError(
+            f"--foundation_model={name}: there is no such file, and no model of that name; "
+            f"{did_you_mean(name, [MINI, *upstream_names()])}"
+        )
+    try:
+        model = torch.load(path, map_location=device, weights_only=False)
+    except Exception as error:  # whatever unpickling a foreign file raises
+        raise FoundationModelError(
+            f"--foundation_model={name}: the file can't be read as a model "
+            f"({type(error).__name__}: {error}); expected a .model file saved by MACE"
+        ) from error
+    problem = _not_a_mace_model(model)
+    if problem:
+        raise FoundationModelError(f"--foundation_model={name}: {problem}")
+    return model
+
+
+def _not_a_mace_model(model: Any) -> str | None:
+    if isinstance(model, torch.jit.ScriptModule):
+        return (
+            "a compiled TorchScript model, which can't be fine-tuned; "
+            "give the .model file that was saved beside it"
+        )
+    if isinstance(model, dict):
+        return "a checkpoint or a state dict, no model; give the .model file of that run"
+    missing = [p for p in _PARTS if not hasattr(model, p)]
+    if missing:
+        return f"no MACE model: a {type(model).__name__} without {', '.join(missing)}"
+    if any(type(m).__module__.startswith("cuequivariance") for m in model.modules()):
+        return (
+            "a model in cuequivariance's format; convert it first with mace_cueq_to_e3nn, "
+            "and train with --enable_cueq=True"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default precision, for as long as a model is built in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def describe(model: torch.nn.Module) -> dict[str, Any]:
+    """What fine-tuning changes besides weights, as plain JSON: elements, heads, E0s, scale, shift.
+
+    E0s in eV, one row per head and one column per element; floats survive JSON exactly.
+    """
+    energies = getattr(model, "atomic_energies_fn", None)
+    scale_shift = getattr(model, "scale_shift", None)
+    return {
+        "class": type(model).__name__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "r_max": float(model.r_max),
+        "atomic_numbers": [int(z) for z in model.atomic_numbers],
+        "heads": list(getattr(model, "heads", None) or ["Default"]),
+        "atomic_energies": None if energies is None else _rows(energies.atomic_energies),
+        "scale": None if scale_shift is None else _row(scale_shift.scale),
+        "shift": None if scale_shift is None else _row(scale_shift.shift),
+    }
+
+
+def _row(values: torch.Tensor) -> list[float]:
+    return [float(v) for v in values.detach().cpu().reshape(-1)]
+
+
+def _rows(values: torch.Tensor) -> list[list[float]]:
+    return [_row(row) for row in torch.atleast_2d(values)]
+
+
+def specialise(foundation: torch.nn.Module, description: dict[str, Any]) -> torch.nn.Module:
+    """The model that a fine-tuning run starts from: `foundation` with the run's elements and E0s.
+
+    Args:
+        foundation: a one-head foundation model (see `one_head`); it is not changed.
+        description: as `describe` gave it for the model of the run.
+
+    Raises:
+        FoundationModelError: the run has elements that the foundation model lacks.
+    """
+    table = upstream.module("mace.tools").AtomicNumberTable
+    numbers = [int(z) for z in description["atomic_numbers"]]
+    known = {int(z) for z in foundation.atomic_numbers}
+    if not set(numbers) <= known:
+        raise FoundationModelError(
+            f"the adapter is for elements {numbers}; this base model knows {sorted(known)}"
+        )
+    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(foundation)
+    if "error" in config:
+        raise FoundationModelError(f"a {type(foundation).__name__} can't be rebuilt: {config}")
+    heads = list(description["heads"])
+    config |= {
+        "atomic_energies": np.array(description["atomic_energies"]),
+        "atomic_numbers": numbers,
+        "num_elements": len(numbers),
+        "heads": heads,
+        "atomic_inter_scale": [1.0] * len(heads),
+        "atomic_inter_shift": [0.0] * len(heads),
+    }
+    dtype = getattr(torch, description["dtype"])
+    with default_dtype(dtype):
+        model = type(foundation)(**config)
+        upstream.module("mace.tools.finetuning_utils").load_foundations_elements(
+            model,
+            foundation,
+            table(numbers),
+            load_readout=True,
+            max_L=config["hidden_irreps"].lmax,
+            default_dtype=dtype,
+        )
+    restore_constants(model, description)
+    return model.to(next(foundation.parameters()).device)
+
+
+@torch.no_grad()
+def restore_constants(model: torch.nn.Module, description: dict[str, Any]) -> None:
+    """Set E0s, scale and shift of `model` to those of `description`."""
+    if description["atomic_energies"] is not None:
+        energies = model.atomic_energies_fn.atomic_energies
+        new = torch.tensor(description["atomic_energies"], dtype=energies.dtype)
+        energies.copy_(new.reshape(energies.shape))
+    if description["scale"] is not None:
+        for name in ("scale", "shift"):
+            buffer = getattr(model.scale_shift, name)
+            new = torch.tensor(description[name], dtype=buffer.dtype, device=buffer.device)
+            setattr(model.scale_shift, name, new.reshape(buffer.shape))
+
+
+def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module:
+    """The model with only `head` of its heads, as mace-torch takes it for fine-tuning."""
+    if len(getattr(model, "heads", None) or []) <= 1:
+        return model
+    dtype = next(model.parameters()).dtype
+    with default_dtype(dtype):
+        return upstream.module("mace.tools.scripts_utils").remove_pt_head(model, head)
+
+
+def predict(
+    model: torch.nn.Module, batches: Iterable[Any], device: str | torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """Energies (eV), forces (eV/A) and whatever else of OUTPUTS the model gives, over `batches`."""
+    device = device or next(model.parameters()).device
+    results: dict[str, list[torch.Tensor]] = {}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:  # forces need a graph to positions, not to parameters
+            parameter.requires_grad = False
+        for batch in batches:
+            output = model(batch.to(device).to_dict(), training=False)
+            for key in OUTPUTS:
+                if output.get(key) is not None:
+                    results.setdefault(key, []).append(output[key].detach())
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
+    return {key: torch.cat(values) for key, values in results.items()}
+
+
+def largest_difference(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Per output of both: the largest difference, absolute and relative to the largest value."""
+    found = {}
+    for key in one.keys() & other.keys():
+        difference = (one[key] - other[key]).abs().max().item() if one[key].numel() else 0.0
+        size = one[key].abs().max().item() if one[key].numel() else 1.0
+        found[key] = (difference, difference / max(size, torch.finfo(one[key].dtype).tiny))
+    return found
+
+
+def batch_of(dataset: Any, n_frames: int) -> list[Any]:
+    """The first `n_frames` of a data set as one batch (a list of one), or an empty list."""
+    geometric = upstream.module("mace.tools.torch_geometric")
+    items = [dataset[i] for i in range(min(n_frames, len(dataset)))]
+    return [geometric.Batch.from_data_list(items)] if items else []

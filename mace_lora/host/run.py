@@ -1,0 +1,112 @@
+"""Run upstream's training script with or without an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mace_lora.config import AdapterConfig
+from mace_lora.errors import ConfigError
+from mace_lora.host import checks, models, upstream
+from mace_lora.host.session import Session, jit_save_whole, save_whole
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Upstream's own parser, with all its flags."""
+    return upstream.module("mace.tools.arg_parser").build_default_arg_parser()
+
+
+def run(args: argparse.Namespace, config: AdapterConfig | None) -> None:
+    """Train. Without an adapter this is upstream's `run(args)`, plus the foundation model `mini`.
+
+    Args:
+        args: upstream's flags.
+        config: the adapter; None for upstream's own training.
+
+    Raises:
+        MaceLoraError: before any training, for whatever is wrong with flags, files or models; and
+            at the end, if the merged model does not predict what the adapted one does.
+    """
+    upstream.check()
+    script = upstream.module("mace.cli.run_train")
+    if config is None:
+        foundation = models.load(models.MINI) if args.foundation_model == models.MINI else None
+        with upstream.substituted(_foundation_by_name(args, foundation)):
+            script.run(args)
+        return
+    foundation = _prepare(args)
+    session = Session(args, config, foundation)
+    substitutes = {
+        **session.substitutes(),
+        **_foundation_by_name(args, foundation),
+        "save": save_whole,
+        "jit_save": jit_save_whole,
+    }
+    with upstream.substituted(substitutes):
+        script.run(args)
+    if session.saved:
+        logging.info("Also saved: " + ", ".join(session.saved))
+
+
+def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
+    """Check what can be checked before anything is written, and load the foundation model."""
+    if args.foundation_model is None:
+        raise ConfigError(
+            "an adapter changes a foundation model: name one with --foundation_model "
+            "(mini, medium_off, ..., or a .model file)"
+        )
+    _refuse_contradictions(args)
+    checks.files_exist(args)
+    foundation = None
+    if models.is_ours(args.foundation_model):
+        dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
+        foundation = models.load(args.foundation_model, _device(args), dtype)
+    checks.folders_writable(args)
+    if args.E0s is None and args.heads is None:
+        args.E0s = "estimated"
+    args.lora = True  # upstream's switch for calling `inject_LoRAs` and `merge_lora_weights`
+    return foundation
+
+
+def _device(args: argparse.Namespace) -> str:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch finds no CUDA device; use --device=cpu")
+    return args.device
+
+
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.freeze:
+        raise ConfigError(
+            f"--freeze={args.freeze} and an adapter contradict each other: an adapter freezes all "
+            "of the base model; choose the layers that it changes with its targets instead"
+        )
+    if not args.foundation_filter_elements:
+        raise ConfigError(
+            "--foundation_filter_elements=False starts the readouts from random numbers, and an "
+            "adapter freezes them so; leave one of the two out"
+        )
+
+
+def _foundation_by_name(
+    args: argparse.Namespace, foundation: torch.nn.Module | None
+) -> dict[str, Any]:
+    """Let upstream take our loaded model for one of its named ones, instead of reading a file."""
+    if foundation is None:
+        return {}
+    names = [*upstream.original("foundation_names"), args.foundation_model]
+    load = upstream.original("load_foundation")
+
+    def mace_mp(model: Any = None, **keywords: Any) -> Any:
+        if model != args.foundation_model:
+            return load(model=model, **keywords)
+        dtype = keywords.get("default_dtype")
+        with contextlib.suppress(AttributeError, TypeError):
+            foundation.to(getattr(torch, dtype))
+        return SimpleNamespace(models=[foundation.to(keywords["device"])])
+
+    return {"foundation_names": names, "load_foundation": mace_mp}
