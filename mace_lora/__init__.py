@@ -14,11 +14,11 @@ _EXPORTS = {
     "AdapterConfig": "mace_lora.config",
     "InjectionReport": "mace_lora.report",
     "MaceLoraError": "mace_lora.errors",
-    "inject": "mace_lora.inject",
+    "inject": "mace_lora.injection",
     "inject_lora": "mace_lora.api",
     "load_adapter": "mace_lora.api",
     "load_foundation": "mace_lora.api",
-    "merge": "mace_lora.merge",
+    "merge": "mace_lora.merging",
     "merge_lora_weights": "mace_lora.api",
     "save_adapter": "mace_lora.api",
 }

@@ -12,8 +12,8 @@ from mace_lora import artefact
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.inject import adapter_parameters, adapters, inject
-from mace_lora.merge import merge
+from mace_lora.injection import adapter_parameters, adapters, inject
+from mace_lora.merging import merge
 from mace_lora.report import InjectionReport
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.files import whole_folder
-from mace_lora.inject import adapter_parameters
+from mace_lora.injection import adapter_parameters
 
 FORMAT = 1
 TENSORS = "adapter_model.safetensors"

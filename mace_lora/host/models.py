@@ -231,3 +231,31 @@ def batch_of(dataset: Any, n_frames: int) -> list[Any]:
     geometric = upstream.module("mace.tools.torch_geometric")
     items = [dataset[i] for i in range(min(n_frames, len(dataset)))]
     return [geometric.Batch.from_data_list(items)] if items else []
+
+
+def frames_to_batch(frames: Iterable[Any], model: torch.nn.Module, **keys: str) -> Any:
+    """ASE frames as one batch for `model`, in its precision, on its device.
+
+    Args:
+        frames: `ase.Atoms` with labels under mace-torch's default keys (REF_energy, REF_forces).
+        model: gives elements, cutoff and heads.
+        keys: other names for the labels, `energy_key="energy"` for example.
+    """
+    data = upstream.module("mace.data")
+    defaults = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
+    specification = data.update_keyspec_from_kwargs(data.KeySpecification(), {**defaults, **keys})
+    table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
+    parameter = next(model.parameters())
+    heads = getattr(model, "heads", None) or ["Default"]
+    with default_dtype(parameter.dtype):
+        items = [
+            data.AtomicData.from_config(
+                data.config_from_atoms(atoms, key_specification=specification, head_name=heads[-1]),
+                z_table=table,
+                cutoff=float(model.r_max),
+                heads=heads,
+            )
+            for atoms in frames
+        ]
+        batch = upstream.module("mace.tools.torch_geometric").Batch.from_data_list(items)
+    return batch.to(parameter.device)

@@ -25,8 +25,8 @@ from mace_lora.files import whole_file
 from mace_lora.fingerprint import fingerprint
 from mace_lora.host import checks, models, upstream
 from mace_lora.host.checkpoints import make_checkpoint_handler
-from mace_lora.inject import adapter_parameters, inject
-from mace_lora.merge import merge
+from mace_lora.injection import adapter_parameters, inject
+from mace_lora.merging import merge
 from mace_lora.progress import History, ProgressBar
 
 # Largest relative difference between adapted and merged model that is saved without an error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mace_lora.errors import NotMergeable
-from mace_lora.inject import adapters
+from mace_lora.injection import adapters
 
 
 def merge(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,0 +1,112 @@
+"""Fixtures: frames, small models of every kind, and the command run in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+import zoo  # noqa: E402
+
+DATA = Path(str(resources.files("mace_lora") / "data"))
+HERE = Path(__file__).parent
+
+
+def ethanol(part: str, n: int) -> list[ase.Atoms]:
+    frames = ase.io.read(DATA / f"ethanol_{part}.xyz", index=f":{n}")
+    for frame in frames:
+        frame.pbc = False
+    return frames
+
+
+@pytest.fixture
+def frames() -> list[ase.Atoms]:
+    """Three frames of ethanol, not periodic."""
+    return ethanol("train", 3)
+
+
+@pytest.fixture(scope="session")
+def _built() -> dict[str, torch.nn.Module]:
+    return {}
+
+
+@pytest.fixture
+def build(_built):
+    """`build("name")`: a fresh float64 model of the zoo, built once per session."""
+
+    def get(name: str) -> torch.nn.Module:
+        if name not in _built:
+            _built[name] = zoo.build(name)
+        return deepcopy(_built[name])
+
+    return get
+
+
+@pytest.fixture
+def model(build) -> torch.nn.Module:
+    return build("residual")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> dict[str, str]:
+    """Ten training, five validation and five test frames of ethanol, as files."""
+    folder = tmp_path_factory.mktemp("data")
+    paths = {}
+    for part, n in (("train", 10), ("valid", 5), ("test", 5)):
+        paths[part] = str(folder / f"{part}.xyz")
+        ase.io.write(paths[part], ase.io.read(DATA / f"ethanol_{part}.xyz", index=f":{n}"))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def foundation(tmp_path_factory) -> str:
+    """A `.model` file of an untrained model for H, C, N, O, in float32 as foundation models are."""
+    path = tmp_path_factory.mktemp("foundation") / "base.model"
+    torch.save(zoo.build("foundation").to(torch.float32), path)
+    return str(path)
+
+
+def run_command(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`mace_run_train` as a user runs it, in a fresh process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("MACE_CONFIG", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "mace_lora", "train", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture
+def train_flags(small_data) -> list[str]:
+    """Flags of a run that takes seconds."""
+    return [
+        "--name=run",
+        f"--train_file={small_data['train']}",
+        f"--valid_file={small_data['valid']}",
+        f"--test_file={small_data['test']}",
+        "--max_num_epochs=3",
+        "--batch_size=5",
+        "--valid_batch_size=5",
+        "--lr=0.01",
+        "--forces_weight=100",
+        "--energy_weight=1",
+        "--error_table=PerAtomMAE",
+        "--seed=1",
+    ]
