@@ -108,11 +108,12 @@ def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Mo
         base = models.load(base)
     base = models.one_head(base, content.base.get("head"))
     found = fingerprint(base)
+    # in the precision of the run before anything is computed, as the run itself did
+    model = deepcopy(base).to(getattr(torch, content.model["dtype"]))
     if found == content.model.get("fingerprint"):
-        model = deepcopy(base)
         models.restore_constants(model, content.model)
     elif found == content.base.get("fingerprint"):
-        model = models.specialise(base, content.model)
+        model = models.specialise(model, content.model)
     else:
         raise ArtefactError(
             f"{folder} belongs to another base model: it was trained from "

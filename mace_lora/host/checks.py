@@ -62,8 +62,6 @@ def checked_loader(
         keys = {**keys.info_keys, **keys.arrays_keys} if keys is not None else {}
         try:
             energies, frames = load(*positional, **keywords)
-        except (OSError, DataError):
-            raise
         except Exception as error:  # ASE raises many kinds for a broken file
             raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
         if not keywords.get("no_data_ok"):
@@ -71,6 +69,15 @@ def checked_loader(
         return energies, frames
 
     return load_from_xyz
+
+
+def enough_frames(train_loader: Any, args: argparse.Namespace) -> None:
+    """Raises ConfigError where the training set makes not even one batch."""
+    if len(train_loader) == 0:
+        raise ConfigError(
+            f"--batch_size={args.batch_size} is larger than the training set of "
+            f"{len(train_loader.dataset)} frames, so that there is no batch to train on"
+        )
 
 
 def check_frames(

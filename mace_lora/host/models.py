@@ -219,7 +219,7 @@ def largest_difference(
 ) -> dict[str, tuple[float, float]]:
     """Per output of both: the largest difference, absolute and relative to the largest value."""
     found = {}
-    for key in one.keys() & other.keys():
+    for key in (k for k in one if k in other):
         difference = (one[key] - other[key]).abs().max().item() if one[key].numel() else 0.0
         size = one[key].abs().max().item() if one[key].numel() else 1.0
         found[key] = (difference, difference / max(size, torch.finfo(one[key].dtype).tiny))

@@ -87,6 +87,7 @@ class Session:
             "checkpoints": make_checkpoint_handler(upstream.original("checkpoints"), self),
             "load_xyz": checks.checked_loader(upstream.original("load_xyz"), self.args, known),
             "estimate_e0s": self.estimate_e0s,
+            "avg_num_neighbors": self.avg_num_neighbors,
         }
 
     # ------------------------------------------------------------------ building the model
@@ -96,6 +97,14 @@ class Session:
         foundation_model.to(torch.get_default_dtype())
         original = upstream.original("estimate_e0s")
         return original(foundation_model=foundation_model, **keywords)
+
+    @staticmethod
+    def avg_num_neighbors(
+        heads: Any, args: argparse.Namespace, train_loader: Any, device: Any
+    ) -> Any:
+        """The first use of the training batches, where upstream fails if there is none."""
+        checks.enough_frames(train_loader, args)
+        return upstream.original("avg_num_neighbors")(heads, args, train_loader, device)
 
     def configure_model(self, args: argparse.Namespace, *rest: Any, **keywords: Any) -> Any:
         """Remembers the base model; mends E0s that upstream overwrites; speaks of energy offsets.
@@ -153,14 +162,14 @@ class Session:
         """Upstream injects first and converts to other kernels after, which drops the adapters."""
         del rank, alpha  # they stand in self.config
         args = self.args
-        if args.enable_cueq and not args.only_cueq:
-            logging.info("Converting to cuequivariance before the adapters are attached")
-            model = upstream.original("to_cueq")(deepcopy(model), device=args.device)
-        elif args.enable_oeq:
-            logging.info("Converting to openequivariance before the adapters are attached")
-            model = upstream.original("to_oeq")(deepcopy(model), device=args.device)
-        report = inject(model, self.config)
         self.start["fingerprint"] = fingerprint(model)
+        key = "to_cueq" if args.enable_cueq and not args.only_cueq else None
+        key = "to_oeq" if args.enable_oeq and key is None else key
+        if key is not None:
+            logging.info(f"Converting the model ({key}) before the adapters are attached")
+            with torch.random.fork_rng():  # so that the adapters start as without conversion
+                model = upstream.original(key)(deepcopy(model), device=args.device)
+        report = inject(model, self.config)
         options = ", ".join(f"{k}={v}" for k, v in self.config.options.to_json().items())
         logging.info(f"Adapter {self.config.method} ({options})\n{report}")
         return model

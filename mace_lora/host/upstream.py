@@ -43,6 +43,7 @@ NAMES: dict[str, Name] = {
     "to_oeq": Name(_RUN, "run_e3nn_to_oeq", ("input_model", "device")),
     "from_oeq": Name(_RUN, "run_oeq_to_e3nn", ("input_model", "device")),
     "configure_model": Name(_RUN, "configure_model", ("args", "model_foundation", "z_table")),
+    "avg_num_neighbors": Name(_RUN, "get_avg_num_neighbors", ("args", "train_loader")),
     "params_options": Name(_RUN, "get_params_options", ("args", "model")),
     "lbfgs": Name(_RUN, "LBFGS", ("params",)),
     "ema": Name(_RUN, "ExponentialMovingAverage", ("parameters", "decay")),

@@ -1,0 +1,194 @@
+"""Bad input: a clear message before any training, and nothing overwritten."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from mace_lora import cli
+from mace_lora.errors import MaceLoraError
+
+
+@pytest.fixture
+def files(tmp_path, small_data) -> dict[str, list]:
+    """Frames by part, to be spoilt and written by `message`."""
+    return {part: ase.io.read(path, index=":") for part, path in small_data.items()}
+
+
+@pytest.fixture
+def message(tmp_path, foundation, files, monkeypatch, capsys):
+    """Run the command in this process and return the error it ends with."""
+
+    def get(*flags: str) -> str:
+        for part, frames in files.items():
+            ase.io.write(tmp_path / f"{part}.xyz", frames, format="extxyz")
+        (tmp_path / "run.model").write_text("the result of another day")
+        monkeypatch.chdir(tmp_path)
+        default = torch.get_default_dtype()
+        arguments = [
+            "--name=run",
+            f"--foundation_model={foundation}",
+            *(f"--{part}_file={part}.xyz" for part in files),
+            "--lora=True",
+            "--max_num_epochs=1",
+            "--batch_size=5",
+        ]
+        handlers = logging.root.handlers[:]
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.main([*arguments, *flags])
+        finally:
+            torch.set_default_dtype(default)
+            logging.root.handlers[:] = handlers
+        assert (tmp_path / "run.model").read_text() == "the result of another day"
+        assert not (tmp_path / "run_adapter").exists()
+        assert not list(tmp_path.glob("checkpoints/*"))
+        text = str(stop.value.code)
+        assert text.startswith("error: ")
+        return text
+
+    return get
+
+
+def test_missing_foundation_model(message):
+    text = message("--foundation_model=medium_of")
+    assert "no such file" in text
+    assert "Did you mean 'medium_off'?" in text
+
+
+def test_no_foundation_model(message, monkeypatch):
+    with pytest.raises(SystemExit, match="name one with --foundation_model"):
+        cli.main(["--name=run", "--train_file=train.xyz", "--lora=True"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text", "can't be read as a model"),
+        ("state dict", "a checkpoint or a state dict"),
+        ("linear", "no MACE model: a Linear"),
+        ("compiled", "give the .model file"),
+    ],
+)
+def test_foundation_model_that_is_none(message, tmp_path, content, expected):
+    path = tmp_path / "foreign.model"
+    if content == "text":
+        path.write_text("Dear diary, this is no model.")
+    elif content == "compiled":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    else:
+        linear = torch.nn.Linear(2, 2)
+        torch.save(linear.state_dict() if content == "state dict" else linear, path)
+    text = message(f"--foundation_model={path}")
+    assert expected in text
+    assert str(path) in text
+
+
+def test_target_that_matches_nothing(message):
+    text = message("--lora_targets", "linear", "redaouts")
+    assert "'redaouts' matches 0 of" in text
+    assert "layers are named like" in text
+
+
+def test_missing_file(message):
+    text = message("--train_file=nowhere.xyz")
+    assert "--train_file=nowhere.xyz" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "kind"),
+    [("--energy_key", "dft_energy", "energy"), ("--forces_key", "dft_forces", "forces")],
+)
+def test_missing_key(message, flag, key, kind):
+    text = message(f"{flag}={key}")
+    assert "train.xyz" in text
+    assert f"no {kind} under the key '{key}'" in text
+    assert f"REF_{kind}" in text
+    assert flag in text
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("what", ["energy", "forces"])
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_labels_that_are_not_finite(message, files, part, what, value):
+    frame = files[part][3]
+    if what == "energy":
+        frame.info["REF_energy"] = value
+    else:
+        frame.arrays["REF_forces"][2, 1] = value
+    text = message()
+    assert f"{part}.xyz, frame 3: {what}" in text
+    assert "NaN or infinite" in text
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_unknown_element(message, files, part):
+    files[part][2].symbols[0] = "S"
+    text = message()
+    assert f"{part}.xyz, frame 2 holds S (16)" in text
+    assert "H (1), C (6), N (7), O (8)" in text
+
+
+def test_empty_file(message, files):
+    files["train"] = []
+    assert "train.xyz" in message()
+
+
+def test_truncated_file(message, files, tmp_path, monkeypatch):
+    original = ase.io.write
+
+    def truncated(path, frames, **keywords):
+        original(path, frames, **keywords)
+        if Path(path).name == "train.xyz":
+            Path(path).write_text(Path(path).read_text()[:1500])
+
+    monkeypatch.setattr(ase.io, "write", truncated)
+    assert "train.xyz can't be read" in message()
+
+
+def test_batch_larger_than_the_training_set(message):
+    text = message("--batch_size=11")
+    assert "--batch_size=11" in text
+    assert "10" in text
+
+
+def test_contradictions_with_upstreams_flags(message):
+    assert "--freeze=7" in message("--freeze=7")
+    assert "--foundation_filter_elements" in message("--foundation_filter_elements=False")
+
+
+def test_cuda_without_a_device(message):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert "--device=cuda" in message("--device=cuda")
+
+
+def test_folder_that_cannot_be_written_to(message, tmp_path):
+    (tmp_path / "taken").write_text("a file, no folder")
+    assert "--model_dir=taken" in message("--model_dir=taken")
+
+
+def test_unsupported_mace_torch(message, monkeypatch):
+    import mace.cli.run_train as script
+
+    monkeypatch.delattr(script, "inject_LoRAs")
+    text = message()
+    assert "mace.cli.run_train.inject_LoRAs does not exist" in text
+    assert "0.3.16" in text
+
+
+def test_every_error_is_ours():
+    """`main` prints errors of this class without a traceback."""
+    import mace_lora.errors as errors
+
+    for name in dir(errors):
+        kind = getattr(errors, name)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            assert issubclass(kind, MaceLoraError)
+    assert "foundation" in zoo.ZOO

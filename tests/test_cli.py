@@ -1,0 +1,97 @@
+"""Flags: upstream's names and defaults, ours beside them, contradictions named."""
+
+import pytest
+from mace.tools import build_default_arg_parser
+
+from mace_lora import cli
+from mace_lora.errors import ConfigError
+
+BASE = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini"]
+
+
+def adapter(*flags: str):
+    return cli.parse([*BASE, *flags])[1]
+
+
+def test_without_an_adapter_flag_the_arguments_are_upstreams():
+    ours, config = cli.parse(BASE)
+    theirs = build_default_arg_parser().parse_args(BASE)
+    assert config is None
+    assert vars(ours) == vars(theirs)
+
+
+def test_every_upstream_flag_is_there_with_its_default():
+    ours, theirs = cli.build_parser(), build_default_arg_parser()
+    for flag in vars(theirs.parse_args(["--name=x"])):
+        found = ours.get_default(flag)
+        assert getattr(found, "value", found) == theirs.get_default(flag), flag
+
+
+def test_lora_means_the_adapter_lora_with_upstreams_defaults():
+    config = adapter("--lora=True")
+    assert config == adapter("--adapter=lora") == adapter("--lora=True", "--adapter=lora")
+    assert (config.method, config.options.rank, config.options.alpha) == ("lora", 4, 1.0)
+
+
+def test_options():
+    config = adapter("--lora=True", "--lora_rank=8", "--lora_alpha=16", "--lora_init=kaiming")
+    assert (config.options.rank, config.options.alpha) == (8, 16.0)
+    assert config.options.init == "kaiming"
+    targets = adapter("--lora=True", "--lora_targets", "linear", "radial").options.targets
+    assert targets == ("linear", "radial")
+
+
+def test_upstream_sees_none_of_our_flags():
+    args, _ = cli.parse([*BASE, "--adapter=lora", "--lora_rank=8"])
+    assert set(vars(args)) == set(vars(build_default_arg_parser().parse_args(BASE)))
+    assert args.lora_rank == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--adapter=lroa"], ["unknown adapter 'lroa'", "Did you mean 'lora'?"]),
+        (["--lora=False", "--adapter=lora"], ["--lora=False", "--adapter=lora"]),
+        (["--lora_init=small"], ["--lora_init", "no adapter is chosen", "--adapter=lora"]),
+        (["--lora=True", "--lora_rank=0"], ["rank", "1 or more", "0"]),
+        (["--lora=True", "--lora_rank=-3"], ["rank", "-3"]),
+        (["--lora=True", "--lora_alpha=0"], ["alpha", "0"]),
+        (["--lora=True", "--lora_alpha=nan"], ["alpha", "nan"]),
+    ],
+)
+def test_contradictions_and_nonsense(flags, parts):
+    with pytest.raises(ConfigError) as error:
+        adapter(*flags)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_our_flags_in_a_config_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: x\ntrain_file: t.xyz\nfoundation_model: mini\nlora: true\nlora_rank: 2\n"
+        "lora_targets: [linear, 'readouts.*']\n"
+    )
+    args, config = cli.parse(["--config", str(path)])
+    assert args.name == "x"
+    assert config.options.rank == 2
+    assert config.options.targets == ("linear", "readouts.*")
+    overridden = cli.parse(["--config", str(path), "--lora_rank=3"])[1]
+    assert overridden.options.rank == 3
+
+
+def test_help_is_ours(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "adapters (mace-lora)" in text
+    assert "--adapter NAME" in text
+    assert "--foundation_model" in text
+
+
+def test_tools(capsys):
+    cli.main_tools(["--help"])
+    assert "doctor" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="unknown command 'trian'"):
+        cli.main_tools(["trian"])
