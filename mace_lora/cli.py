@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,8 +118,19 @@ def _refuse_options_of_others(method: str | None, given: dict[str, Any]) -> None
                 )
 
 
+def _quiet() -> None:
+    """Keep warnings off the screen that every run gives and that nobody can act on."""
+    for message in (
+        "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # set by mace-torch itself
+        "The TorchScript type system doesn't support instance-level",  # e3nn
+        "'pin_memory' argument is set as true",  # mace-torch's default, harmless without a GPU
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`mace_run_train`: upstream's command, with adapters."""
+    _quiet()
     from mace_lora.host.run import run
 
     try:

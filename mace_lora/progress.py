@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mace_lora.files import whole_file
+
+# what is drawn and summed up: key of upstream's metrics, label, unit after multiplication by 1000
+_CURVES = (
+    ("mae_e_per_atom", "energy MAE", "meV per atom"),
+    ("mae_f", "force MAE", "meV/Å"),
+)
 
 
 class ProgressBar:
@@ -35,7 +40,7 @@ class ProgressBar:
             self._bar = self._stack.enter_context(
                 tqdm(total=self._steps, unit="step", dynamic_ncols=True, leave=False)
             )
-            self._stack.enter_context(logging_redirect_tqdm([logging.getLogger()]))
+            self._stack.enter_context(_log_lines_above_the_bar())
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -60,6 +65,35 @@ class ProgressBar:
                 self._shown[label] = f"{1e3 * metrics[key]:.1f}"
 
 
+class _AboveTheBar(logging.Handler):
+    """A console handler's twin that lets tqdm make room for each line."""
+
+    def __init__(self, console: logging.StreamHandler) -> None:
+        super().__init__(console.level)
+        self.setFormatter(console.formatter)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self._console.stream)
+        self.flush()
+
+
+@contextmanager
+def _log_lines_above_the_bar() -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers[:]
+    root.handlers[:] = [
+        _AboveTheBar(h)
+        if isinstance(h, logging.StreamHandler) and h.stream in (sys.stdout, sys.stderr)
+        else h
+        for h in before
+    ]
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
+
+
 @dataclass
 class History:
     """Validation errors by epoch; epoch None is the model before training."""
@@ -73,34 +107,53 @@ class History:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
         self.rows.append((epoch, head, numbers))
 
+    def summary(self) -> str:
+        """Validation errors before training and at the epoch of the lowest loss, per head."""
+        texts = []
+        for head in dict.fromkeys(h for _, h, _ in self.rows):
+            before, best = self._ends(head)
+            parts = [
+                f"{label} {1e3 * before[key]:.1f} -> {1e3 * best[key]:.1f} {unit}"
+                for key, label, unit in _CURVES
+                if key in before and key in best
+            ]
+            texts.append(f"{head}: {', '.join(parts)}")
+        return "; ".join(texts)
+
+    def _ends(self, head: str) -> tuple[dict[str, float], dict[str, float]]:
+        """The errors before training, and those at the lowest loss: of the model that is kept."""
+        mine = [(e, m) for e, h, m in self.rows if h == head]
+        before = next((m for e, m in mine if e is None), mine[0][1])
+        trained = [m for e, m in mine if e is not None] or [before]
+        return before, min(trained, key=lambda m: m.get("loss", float("inf")))
+
     def plot(self, path: Path, title: str = "") -> None:
         """Energy and force MAE on the validation set against the epoch, as a PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
 
-        panels = [("mae_e_per_atom", "energy MAE (meV per atom)"), ("mae_f", "force MAE (meV/Å)")]
-        panels = [p for p in panels if any(p[0] in m for _, _, m in self.rows)]
+        panels = [c for c in _CURVES if any(c[0] in m for _, _, m in self.rows)]
+        heads = list(dict.fromkeys(h for _, h, _ in self.rows))
         figure = Figure(figsize=(4.5 * max(1, len(panels)), 3.4), layout="constrained")
         FigureCanvasAgg(figure)
-        for i, (key, label) in enumerate(panels):
+        for i, (key, label, unit) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), i + 1)
-            for head in dict.fromkeys(h for _, h, _ in self.rows):
+            for head in heads:
                 points = [
                     (0 if e is None else e + 1, 1e3 * m[key])
                     for e, h, m in self.rows
                     if h == head and key in m
                 ]
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=head)
-                axes.axhline(points[0][1], color="0.7", linestyle="--", linewidth=1)
-            axes.set(xlabel="epochs trained", ylabel=f"validation {label}", yscale="log")
-            axes.annotate(
-                f"{points[0][1]:.1f} → {min(p[1] for p in points):.1f}",
-                (0.97, 0.93),
-                xycoords="axes fraction",
-                ha="right",
-            )
-            if len({h for _, h, _ in self.rows}) > 1:
-                axes.legend()
+                (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
+                before, best = (1e3 * m[key] for m in self._ends(head))
+                line.set_label(f"{head}: {before:.1f} → {best:.1f}")
+            axes.set(xlabel="epochs trained", ylabel=f"validation {label} ({unit})", yscale="log")
+            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(loc="upper right")
         figure.suptitle(title)
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=130, format="png")

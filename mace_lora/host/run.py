@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,8 +48,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None) -> None:
     }
     with upstream.substituted(substitutes):
         script.run(args)
-    if session.saved:
-        logging.info("Also saved: " + ", ".join(session.saved))
+    session.say_what_was_done()
 
 
 def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:

@@ -61,7 +61,6 @@ class Session:
         self.stage_two = False  # which model upstream has loaded for saving
         self.history = History()
         self.bar: ProgressBar | None = None
-        self.saved: list[str] = []
 
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
@@ -242,7 +241,6 @@ class Session:
             picture = Path(self.args.model_dir) / f"{self.args.name}_learning_curve.png"
             Path(self.args.model_dir).mkdir(parents=True, exist_ok=True)
             self.history.plot(picture, title=f"{self.args.name}: {self.config.method}")
-            self.saved.append(str(picture))
 
     def take_step(self, *positional: Any, **keywords: Any) -> Any:
         """Upstream's step, seen by the bar; effective weights are computed once per step."""
@@ -304,7 +302,25 @@ class Session:
         folder = self.adapter_folder()
         artefact.write(folder, self.config, adapter_parameters(model), self.base, self.start)
         logging.info(f"Saved the adapter alone to {folder}")
-        self.saved.append(str(folder))
+
+    def say_what_was_done(self) -> None:
+        """The last lines of the log: errors before and after, and the files to take away."""
+        if self.history:
+            logging.info(f"Validation, before -> after: {self.history.summary()}")
+        folder, name = Path(self.args.model_dir), self.args.name
+        files = {
+            f"{name}{stage}{kind}": meaning
+            for stage in ("", "_stagetwo")
+            for kind, meaning in (
+                (".model", "merged, a plain MACE model"),
+                ("_compiled.model", "the same as TorchScript, for LAMMPS"),
+                ("_adapter", "the adapter alone"),
+            )
+        }
+        files[f"{name}_learning_curve.png"] = "validation errors by epoch"
+        for file, meaning in files.items():
+            if (folder / file).exists():
+                logging.info(f"  {folder / file}: {meaning}")
 
     @staticmethod
     def jit() -> SimpleNamespace:

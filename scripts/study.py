@@ -1,0 +1,197 @@
+"""Compare ways of fine-tuning on equal terms: the same frames, seeds and number of steps.
+
+    python scripts/study.py init --out results/init      # how the LoRA factors start
+    python scripts/study.py mini --out results/mini      # from `mini` against from scratch
+
+Each variant is a run of the real command in a folder of its own under --out; finished runs are not
+repeated. At the end every saved model is evaluated on the test frames, and one table is printed and
+written to --out/table.md and --out/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import torch
+
+from mace_lora.adapters.lora import INITS
+from mace_lora.host.mini import load_card
+from mace_lora.host.models import frames_to_batch, predict
+
+DATA = Path(str(resources.files("mace_lora") / "data"))
+LORA = ["--foundation_model=mini", "--E0s=estimated", "--adapter=lora"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a name and the flags that make it."""
+
+    name: str
+    flags: list[str] = field(default_factory=list)
+
+
+def scratch() -> Variant:
+    """Training the architecture of `mini` from random numbers."""
+    a = load_card()["architecture"]
+    hidden = a["hidden_irreps"].replace(" ", "")
+    flags = {
+        "model": "ScaleShiftMACE",
+        "hidden_irreps": hidden,
+        "r_max": a["r_max"],
+        "num_radial_basis": a["num_bessel"],
+        "num_cutoff_basis": a["num_polynomial_cutoff"],
+        "max_ell": a["max_ell"],
+        "num_interactions": a["num_interactions"],
+        "correlation": a["correlation"],
+        "interaction": a["interaction_cls"],
+        "interaction_first": a["interaction_cls_first"],
+        "MLP_irreps": a["MLP_irreps"],
+        "radial_MLP": str(a["radial_MLP"]),
+        "E0s": "average",
+    }
+    return Variant("from scratch", [f"--{k}={v}" for k, v in flags.items()])
+
+
+def variants(study: str) -> list[Variant]:
+    """The rows of a study."""
+    full = Variant("full fine-tuning", ["--foundation_model=mini", "--E0s=estimated"])
+    if study == "mini":
+        lora = [Variant(f"lora, rank {r}", [*LORA, f"--lora_rank={r}"]) for r in (4, 16)]
+        return [scratch(), full, *lora]
+    if study == "init":
+        return [
+            Variant(f"{init}, rank {rank}, alpha {alpha}", [*LORA, f"--lora_init={init}", *extra])
+            for rank, alpha in ((4, 1), (16, 16))
+            for extra in [[f"--lora_rank={rank}", f"--lora_alpha={alpha}"]]
+            for init in INITS
+        ]
+    raise SystemExit(f"unknown study {study!r}: init or mini")
+
+
+def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Path:
+    """Train one variant unless its model is there; the folder of the run."""
+    name = re.sub(r"[^a-z0-9]+", "_", variant.name.lower()).strip("_")
+    folder = Path(args.out) / f"{name}_lr{lr:g}_seed{seed}"
+    if (folder / "seconds.txt").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [
+        "--name=run",
+        f"--train_file={args.train}",
+        f"--valid_file={args.valid}",
+        f"--seed={seed}",
+        f"--max_num_epochs={args.epochs}",
+        f"--eval_interval={args.eval_interval}",
+        f"--batch_size={args.batch_size}",
+        "--valid_batch_size=25",
+        f"--lr={lr}",
+        "--energy_weight=1",
+        f"--forces_weight={args.forces_weight}",
+        "--ema",
+        "--ema_decay=0.99",
+        "--scheduler_patience=5",
+        "--error_table=PerAtomMAE",
+        f"--default_dtype={args.dtype}",
+        "--plot=False",
+    ]
+    start = time.time()
+    with open(folder / "output.txt", "w", encoding="utf-8") as log:
+        subprocess.run(
+            [sys.executable, "-m", "mace_lora", "train", *flags, *variant.flags],
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            check=True,
+        )
+    (folder / "seconds.txt").write_text(f"{time.time() - start:.1f}\n")
+    return folder
+
+
+def evaluate(model_file: Path, test: Path) -> dict[str, float]:
+    """MAE of energy (meV per atom) and forces (meV/A) of a saved model on the frames of a file."""
+    model = torch.load(model_file, weights_only=False)
+    frames = ase.io.read(test, index=":")
+    energy, forces, components = 0.0, 0.0, 0
+    for start in range(0, len(frames), 25):
+        batch = frames_to_batch(frames[start : start + 25], model)
+        found = predict(model, [batch])
+        atoms = batch.ptr[1:] - batch.ptr[:-1]
+        energy += ((found["energy"] - batch.energy) / atoms).abs().sum().item()
+        forces += (found["forces"] - batch.forces).abs().sum().item()
+        components += batch.forces.numel()
+    return {"energy": 1e3 * energy / len(frames), "forces": 1e3 * forces / components}
+
+
+def trainable(folder: Path) -> int:
+    """Number of trained parameters, from the run's log or its model."""
+    found = re.search(r"before, ([\d,]+) after injecting", (folder / "output.txt").read_text())
+    if found:
+        return int(found[1].replace(",", ""))
+    return sum(p.numel() for p in torch.load(folder / "run.model", weights_only=False).parameters())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; the mean over seeds, and the spread where there are several."""
+    lines = [
+        "| | trained parameters | lr | force MAE, meV/Å | energy MAE, meV/atom |",
+        "|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((r["variant"], r["lr"]) for r in rows):
+        mine = [r for r in rows if (r["variant"], r["lr"]) == key]
+        cells = []
+        for what in ("forces", "energy"):
+            values = [r[what] for r in mine]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {key[0]} | {mine[0]['trainable']:,} | {key[1]:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("study", choices=["init", "mini"])
+    parser.add_argument("--out", required=True, help="folder for the runs and the table")
+    parser.add_argument("--train", default=DATA / "ethanol_train.xyz", type=Path)
+    parser.add_argument("--valid", default=DATA / "ethanol_valid.xyz", type=Path)
+    parser.add_argument("--test", default=DATA / "ethanol_test.xyz", type=Path)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--eval_interval", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=5)
+    parser.add_argument("--forces_weight", type=float, default=1000.0)
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.005])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtype", default="float64")
+    args = parser.parse_args()
+    for name in ("train", "valid", "test"):
+        setattr(args, name, getattr(args, name).resolve())
+    rows = []
+    for variant in variants(args.study):
+        for lr in args.lr:
+            for seed in args.seeds:
+                folder = run(variant, args, seed, lr)
+                errors = evaluate(folder / "run.model", args.test)
+                row = {"variant": variant.name, "lr": lr, "seed": seed, **errors}
+                rows.append({**row, "trainable": trainable(folder)})
+                print(json.dumps(rows[-1]), flush=True)
+    Path(args.out, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    Path(args.out, "table.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
