@@ -24,6 +24,7 @@ KINDS: dict[str, str] = {
     "radial": "layers of e3nn's FullyConnectedNet, the radial networks",
     "skip": "fully connected tensor products with weights of their own, the skip connections",
     "contraction": "symmetric-contraction weights, the product basis",
+    "basis": "frequencies of the Bessel basis, where they are parameters",
 }
 
 
@@ -227,6 +228,10 @@ def _contraction(module: torch.nn.Module, tensor: str, param: torch.Tensor) -> W
     return _one_matrix("contraction", param.shape, elements * n_paths, channels, unit=1 / n_paths)
 
 
+def _bessel(module: torch.nn.Module, tensor: str, param: torch.Tensor) -> WeightLayout | str:
+    return _one_matrix("basis", param.shape, 1, param.numel())
+
+
 def _named(module: torch.nn.Module, package: str, name: str) -> bool:
     """Whether `module` is of class `name` of `package`, without importing the package."""
     return any(
@@ -242,6 +247,7 @@ _KINDS: list[tuple[Callable[[torch.nn.Module], bool], _Reader]] = [
     (lambda m: isinstance(m, torch.nn.Linear), _dense),
     (lambda m: isinstance(m, o3.TensorProduct), _tensor_product),
     (lambda m: _named(m, "mace", "Contraction"), _contraction),
+    (lambda m: _named(m, "mace", "BesselBasis"), _bessel),
     (lambda m: _named(m, "cuequivariance_torch", "Linear"), _cuet_linear),
     (
         lambda m: _named(m, "cuequivariance_torch", "FullyConnectedTensorProduct"),

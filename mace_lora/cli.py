@@ -31,6 +31,14 @@ class _Default:
         return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"True or False expected, got {text!r}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Upstream's parser, plus `--adapter` and a flag per option of every method."""
     from mace_lora.host.run import build_parser as upstream_parser
@@ -48,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
             flag = f"{name}_{field.name}"
             if parser.get_default(flag) is None:  # upstream has --lora_rank and --lora_alpha
                 keywords = dict(field.metadata)
-                keywords.setdefault("type", type(field.default))
+                kind = type(field.default)
+                keywords.setdefault("type", _boolean if kind is bool else kind)
                 group.add_argument(f"--{flag}", **keywords)
             parser.set_defaults(**{flag: _Default(field.default)})
     parser.set_defaults(lora=_Default(parser.get_default("lora")))

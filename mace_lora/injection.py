@@ -53,11 +53,18 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
     before = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = get_method(config.method)
     sites, skipped = find_sites(model)
-    chosen, left_out = select(sites, config.options.targets, method.default_kinds)
+    presets = {"default": method.default_kinds, "all": method.kinds}
+    skipped += [
+        Skipped(s.name, s.weight.numel(), f"{config.method} leaves these alone: {s.layout.kind}")
+        for s in sites
+        if s.layout.kind not in method.kinds
+    ]
+    sites = [s for s in sites if s.layout.kind in method.kinds]
+    chosen, left_out = select(sites, config.options.targets, presets)
     layers = []
     for site in chosen:
         size = site.weight.numel()
-        adapter = method(site.layout, config.options)
+        adapter = method.make(site, config.options)
         adapter.attach(site)
         trainable = sum(p.numel() for p in adapter.parameters())
         layers.append(AdaptedLayer(site.name, site.layout.kind, size, trainable, adapter.notes()))
@@ -73,12 +80,12 @@ def freeze_base(model: torch.nn.Module) -> None:
 
 
 def select(
-    sites: list[Site], targets: tuple[str, ...], default_kinds: tuple[str, ...]
+    sites: list[Site], targets: tuple[str, ...], presets: dict[str, tuple[str, ...]]
 ) -> tuple[list[Site], list[Skipped]]:
     """The sites that any of `targets` matches, and the others as skipped.
 
-    A target is a preset (default, all, or a kind of layer) or a regular expression that is searched
-    for in the names of the sites.
+    A target is a preset (kinds of layers by name), a kind of layer, or a regular expression that is
+    searched for in the names of the sites.
 
     Raises:
         NoLayerMatched: naming the target that matches nothing.
@@ -86,7 +93,7 @@ def select(
     """
     chosen: set[str] = set()
     for target in targets:
-        kinds = _preset(target, default_kinds)
+        kinds = presets.get(target, (target,) if target in KINDS else None)
         if kinds is not None:
             matched = {s.name for s in sites if s.layout.kind in kinds}
         else:
@@ -103,14 +110,6 @@ def select(
         if s.name not in chosen
     ]
     return [s for s in sites if s.name in chosen], others
-
-
-def _preset(target: str, default_kinds: tuple[str, ...]) -> tuple[str, ...] | None:
-    if target == "default":
-        return default_kinds
-    if target == "all":
-        return tuple(KINDS)
-    return (target,) if target in KINDS else None
 
 
 def _no_match(target: str, sites: list[Site]) -> str:

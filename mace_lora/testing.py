@@ -147,14 +147,14 @@ class AdapterContract:
         copy = deepcopy(model)
         before = outputs(copy, frames)
         merge(model)
-        assert worst(before, outputs(copy, frames)) == 0.0
+        assert worst(before, outputs(copy, frames)) <= 1e-12
 
     def test_saved_and_loaded(self, model, frames, config, tmp_path: Path):
         base = deepcopy(model)
         self.adapted(model, config)
         save_adapter(model, tmp_path / "adapter")
         loaded = load_adapter(base, tmp_path / "adapter")
-        assert worst(outputs(model, frames), outputs(loaded, frames)) == 0.0
+        assert worst(outputs(model, frames), outputs(loaded, frames)) <= 1e-12
 
     def test_training_moves_adapters_alone_and_lowers_the_loss(self, model, frames, config):
         inject(model, config)

@@ -26,7 +26,7 @@ from typing import Any
 import ase.io
 import torch
 
-from mace_lora.adapters.lora import INITS
+from mace_lora.adapters.low_rank import INITS
 from mace_lora.host.mini import load_card
 from mace_lora.host.models import frames_to_batch, predict
 
@@ -97,11 +97,11 @@ def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Pat
         f"--batch_size={args.batch_size}",
         "--valid_batch_size=25",
         f"--lr={lr}",
-        "--energy_weight=1",
+        f"--energy_weight={args.energy_weight}",
         f"--forces_weight={args.forces_weight}",
         "--ema",
         "--ema_decay=0.99",
-        "--scheduler_patience=5",
+        "--scheduler_patience=10",
         "--error_table=PerAtomMAE",
         f"--default_dtype={args.dtype}",
         "--plot=False",
@@ -172,15 +172,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--eval_interval", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=5)
-    parser.add_argument("--forces_weight", type=float, default=1000.0)
+    parser.add_argument("--forces_weight", type=float, default=100.0)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.005])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--energy_weight", type=float, default=1000.0)
     parser.add_argument("--dtype", default="float64")
+    parser.add_argument("--only", default="", help="only variants with this text in their names")
     args = parser.parse_args()
     for name in ("train", "valid", "test"):
         setattr(args, name, getattr(args, name).resolve())
     rows = []
-    for variant in variants(args.study):
+    for variant in (v for v in variants(args.study) if args.only in v.name):
         for lr in args.lr:
             for seed in args.seeds:
                 folder = run(variant, args, seed, lr)

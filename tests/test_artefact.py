@@ -60,7 +60,7 @@ def test_an_older_one_is_replaced_whole(saved, frames):
     randomise_(model, seed=7)
     save_adapter(model, folder)
     loaded = load_adapter(base, folder)
-    assert worst(outputs(model, frames), outputs(loaded, frames)) == 0.0
+    assert worst(outputs(model, frames), outputs(loaded, frames)) <= 1e-12
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
 
 
@@ -75,7 +75,7 @@ def test_the_older_one_survives_a_failed_write(saved, frames, monkeypatch):
     monkeypatch.setattr("mace_lora.artefact.save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         save_adapter(model, folder)
-    assert worst(before, outputs(load_adapter(base, folder), frames)) == 0.0
+    assert worst(before, outputs(load_adapter(base, folder), frames)) <= 1e-12
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
 
 

@@ -105,7 +105,7 @@ def test_base_and_adapter_give_exactly_the_merged_model(run, foundation, frames)
     model = load_adapter(foundation, folder / "run_adapter")
     merged = load(folder / "run.model")
     assert worst(outputs(model, frames), outputs(merged, frames)) <= 1e-10
-    assert worst(outputs(merge(model), frames), outputs(merged, frames)) == 0.0
+    assert worst(outputs(merge(model), frames), outputs(merged, frames)) <= 1e-12
 
 
 def test_the_merged_model_needs_mace_torch_alone(run):
@@ -163,7 +163,7 @@ def test_float32_ema_stage_two(tmp_path, train_flags, foundation):
         assert next(merged.parameters()).dtype == torch.float32
         adapted = load_adapter(foundation, tmp_path / f"{name}_adapter")
         frames = ase.io.read(FRAMES, index=":3")
-        assert worst(outputs(merge(adapted), frames), outputs(merged, frames)) == 0.0
+        assert worst(outputs(merge(adapted), frames), outputs(merged, frames)) <= 1e-5
     one = outputs(load(tmp_path / "run.model"), frames)
     two = outputs(load(tmp_path / "run_stagetwo.model"), frames)
     assert worst(one, two) > 0

@@ -63,12 +63,8 @@ def test_elsewhere_there_are_log_lines_alone():
 
 def history() -> History:
     history = History()
-    for epoch, loss, energy in (
-        (None, 9.0, 0.020),
-        (0, 2.0, 0.010),
-        (1, 1.0, 0.004),
-        (2, 1.5, 0.002),
-    ):
+    rows = [(None, 9.0, 0.020), (0, 2.0, 0.010), (1, 1.0, 0.004), (2, 1.5, 0.002)]
+    for epoch, loss, energy in rows:
         metrics = {"loss": loss, "mae_f": loss / 10, "mae_e_per_atom": energy, "mode": "eval"}
         history.add(epoch, "Default", metrics)
     return history

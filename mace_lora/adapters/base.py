@@ -63,18 +63,25 @@ class Adapter(torch.nn.Module):
         Options: dataclass of the method's options, a subclass of `AdapterOptions`.
         mergeable: the effective weight does not depend on the input.
         identity_at_init: a fresh adapter leaves the model as it is.
-        default_kinds: kinds of layers (`blocks.KINDS`) that the target preset "default" means.
+        kinds: kinds of layers (`blocks.KINDS`) that the method adapts; the target preset "all".
+        default_kinds: those of them that the target preset "default" means.
     """
 
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     mergeable: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial", "skip", "contraction")
     default_kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial")
 
     def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
         super().__init__()
         self.layout = layout
         self.options = options
+
+    @classmethod
+    def make(cls, site: Site, options: AdapterOptions) -> Adapter:
+        """The adapter for one site. A method that treats kinds differently chooses here."""
+        return cls(site.layout, options)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The effective weight, of the shape of `weight`."""

@@ -8,6 +8,8 @@ from mace_lora.errors import ConfigError, did_you_mean
 
 METHODS: dict[str, str] = {
     "lora": "mace_lora.adapters.lora:Lora",
+    "elora": "mace_lora.adapters.elora:Elora",
+    "dora": "mace_lora.adapters.dora:Dora",
 }
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mace_lora import AdapterConfig, inject, inject_lora
-from mace_lora.adapters.lora import INITS, Lora, LoraOptions
+from mace_lora.adapters.lora import Lora, LoraOptions
+from mace_lora.adapters.low_rank import INITS
 from mace_lora.blocks import find_sites
 from mace_lora.errors import ConfigError
 from mace_lora.host.models import default_dtype

@@ -1,0 +1,165 @@
+"""Low-rank updates of a weight, W + scale A B: what LoRA, ELoRA and DoRA have in common.
+
+A method says which matrices get factors of their own (`parts`); everything else is here: drawing
+the factors, capping the rank at what a matrix can use, and the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mace_lora.adapters.base import Adapter, AdapterOptions, option
+from mace_lora.blocks import WeightLayout
+from mace_lora.errors import ConfigError
+
+INITS: dict[str, str] = {
+    "normal": "A normal, unit variance in each layer's own normalisation",
+    "small": "A normal with std 1e-3 everywhere (what mace-torch documents)",
+    "upstream": "std 1 in equivariant layers, 1e-3 in dense ones (what mace-torch 0.3.16 does)",
+    "kaiming": "A uniform with bound sqrt(1 / fan-in) (what PEFT does)",
+    "orthogonal": "A with orthogonal columns of the length that 'normal' gives them on average",
+}
+
+
+@dataclass(frozen=True)
+class LowRankOptions(AdapterOptions):
+    """Rank, alpha and initialisation."""
+
+    rank: int = option(4, "rank of the update; capped at what a layer can use")
+    alpha: float = option(1.0, "the update is scaled by alpha / rank")
+    init: str = option(
+        "normal",
+        "how A starts (B is zero): " + "; ".join(f"{k}: {v}" for k, v in INITS.items()),
+        choices=tuple(INITS),
+    )
+
+    lowest_rank = 1
+
+    def check(self) -> None:
+        if not _is_whole(self.rank) or self.rank < self.lowest_rank:
+            raise ConfigError(
+                f"the rank must be a whole number of {self.lowest_rank} or more, got {self.rank}"
+            )
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not number or not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ConfigError(
+                f"alpha must be a finite number other than 0, got {self.alpha}: "
+                "the update is scaled by alpha / rank"
+            )
+        if self.init not in INITS:
+            raise ConfigError(f"unknown init {self.init!r}; known: {', '.join(INITS)}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A (rows, cols) matrix with factors of its own, and the factor of its update."""
+
+    label: str
+    rows: int
+    cols: int
+    scale: float
+
+
+class LowRank(Adapter):
+    """A: (rows, rank) and B: (rank, cols) per part; `update` gives the matrices A B, scaled."""
+
+    def __init__(
+        self, layout: WeightLayout, options: LowRankOptions, parts: Sequence[Part], cap: bool = True
+    ) -> None:
+        super().__init__(layout, options)
+        self.parts = tuple(parts)
+        self.A = torch.nn.ParameterList()
+        self.B = torch.nn.ParameterList()
+        for part in self.parts:
+            rank = used_rank(options.rank, part.rows, part.cols) if cap else options.rank
+            self.A.append(torch.nn.Parameter(torch.empty(part.rows, rank)))
+            self.B.append(torch.nn.Parameter(torch.zeros(rank, part.cols)))
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw A by `options.init` and set B to zero."""
+        kind, unit = self.layout.kind, self.layout.unit
+        for a, b in zip(self.A, self.B, strict=True):
+            b.zero_()
+            if self.options.init == "small":
+                a.normal_(std=1e-3)
+            elif self.options.init == "upstream":
+                a.normal_(std=1.0 if kind == "linear" else 1e-3)
+            elif self.options.init == "kaiming":
+                a.uniform_(-(a.shape[0] ** -0.5), a.shape[0] ** -0.5)
+            elif self.options.init == "orthogonal":
+                torch.nn.init.orthogonal_(a, gain=unit * a.shape[0] ** 0.5)
+            else:
+                a.normal_(std=unit)
+
+    def updates(self) -> list[torch.Tensor]:
+        """The update of each part: (rows, cols)."""
+        return [(a @ b) * part.scale for a, b, part in zip(self.A, self.B, self.parts, strict=True)]
+
+    def notes(self) -> str:
+        capped = [
+            f"{part.label}: {part.rows} -> {part.cols} uses rank {a.shape[1]}"
+            for part, a in zip(self.parts, self.A, strict=True)
+            if a.shape[1] < self.options.rank
+        ]
+        return "; ".join(capped)
+
+
+def used_rank(rank: int, rows: int, cols: int) -> int:
+    """The rank that a (rows, cols) matrix can use."""
+    return min(rank, rows, cols)
+
+
+def group_parts(layout: WeightLayout, options: LowRankOptions) -> list[Part]:
+    """One part per irrep, all its inputs and outputs together.
+
+    In equivariant linear layers the update carries 1 / sqrt(rank used), the normalisation that an
+    `o3.Linear` B has.
+    """
+    parts = []
+    for group in layout.groups:
+        rank = used_rank(options.rank, group.rows, group.cols)
+        norm = rank**-0.5 if layout.kind == "linear" and rank else 1.0
+        scale = options.alpha / options.rank * norm if options.rank else 0.0
+        parts.append(Part(group.label, group.rows, group.cols, scale))
+    return parts
+
+
+def block_parts(layout: WeightLayout, options: LowRankOptions) -> list[Part]:
+    """One part per path of the layer, scaled by alpha / rank."""
+    scale = options.alpha / options.rank
+    return [Part(layout.groups[b.group].label, b.rows, b.cols, scale) for b in layout.blocks]
+
+
+def blocks_of_groups(layout: WeightLayout, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Cut the matrices of the groups into those of the blocks."""
+    return [
+        matrices[b.group][b.row : b.row + b.rows, b.col : b.col + b.cols] for b in layout.blocks
+    ]
+
+
+class FullUpdate(Adapter):
+    """W + D with D of the shape of W, zero at first: a small weight trained in full.
+
+    Trained as a difference, it merges and is saved as any other adapter, and weight decay pulls it
+    towards the foundation model instead of towards zero.
+    """
+
+    def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
+        super().__init__(layout, options)
+        self.D = torch.nn.Parameter(torch.zeros(layout.shape))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.D
+
+    def notes(self) -> str:
+        return "trained in full"
