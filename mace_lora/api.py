@@ -114,6 +114,14 @@ def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Mo
         models.restore_constants(model, content.model)
     elif found == content.base.get("fingerprint"):
         model = models.specialise(model, content.model)
+        found = fingerprint(model)
+        if found != content.model.get("fingerprint"):
+            raise ArtefactError(
+                f"{folder} was trained from this base model, but the installed mace-torch makes "
+                f"another starting point of it (fingerprint {found[:12]}, expected "
+                f"{str(content.model.get('fingerprint'))[:12]}); it was written by "
+                f"{content.versions}"
+            )
     else:
         raise ArtefactError(
             f"{folder} belongs to another base model: it was trained from "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import zoo
 from conftest import DATA, HERE, run_command
 from mace.calculators import MACECalculator
 
@@ -208,6 +210,39 @@ def test_e0s_are_kept_when_the_elements_are_the_foundations(tmp_path, train_flag
     assert not torch.allclose(merged.atomic_energies_fn.atomic_energies, known.double())
     frames = ase.io.read(data, index=":2")
     adapted = load_adapter(foundation, tmp_path / "run_adapter")
+    assert worst(outputs(adapted, frames), outputs(merged, frames)) <= 1e-10
+
+
+def test_a_foundation_model_by_name_goes_through_upstreams_loader(
+    tmp_path, train_flags, foundation, monkeypatch, frames
+):
+    """`medium_off` from mace-torch's download cache, where a model of ours lies in its place."""
+    cache = tmp_path / "cache" / "mace"
+    cache.mkdir(parents=True)
+    shutil.copy(foundation, cache / "MACE-OFF23_medium.model")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = [*train_flags, "--foundation_model=medium_off", "--lora=True", "--max_num_epochs=1"]
+    done = run_command(*flags, cwd=tmp_path)
+    assert "mace-off-2023 medium" in done.stdout
+    merged = load(tmp_path / "run.model")
+    adapted = load_adapter("medium_off", tmp_path / "run_adapter")
+    assert worst(outputs(adapted, frames), outputs(merged, frames)) <= 1e-10
+
+    sulphur = ase.io.read(FRAMES, index=":10")
+    sulphur[4].symbols[0] = "S"
+    ase.io.write(tmp_path / "sulphur.xyz", sulphur, format="extxyz")
+    failed = run_command(*flags, "--train_file=sulphur.xyz", cwd=tmp_path, check=False)
+    assert failed.returncode != 0
+    assert "sulphur.xyz, frame 4 holds S (16)" in failed.stderr
+
+
+def test_one_head_of_a_foundation_model_with_several(tmp_path, train_flags, frames):
+    torch.save(zoo.build("two_heads_biased_readout"), tmp_path / "heads.model")
+    flags = [*train_flags, "--foundation_model=heads.model", "--foundation_head=head1"]
+    run_command(*flags, "--lora=True", "--max_num_epochs=1", cwd=tmp_path)
+    merged = load(tmp_path / "run.model")
+    assert merged.heads == ["Default"]
+    adapted = load_adapter(str(tmp_path / "heads.model"), tmp_path / "run_adapter")
     assert worst(outputs(adapted, frames), outputs(merged, frames)) <= 1e-10
 
 

@@ -47,13 +47,16 @@ def folders_writable(args: argparse.Namespace) -> None:
 
 
 def checked_loader(
-    load: Callable[..., tuple[Any, list[Any]]], args: argparse.Namespace, known: set[int] | None
+    load: Callable[..., tuple[Any, list[Any]]],
+    args: argparse.Namespace,
+    known_elements: Callable[[], set[int] | None],
 ) -> Callable[..., tuple[Any, list[Any]]]:
     """mace-torch's `load_from_xyz`, followed by the checks below.
 
     Args:
         load: the original.
-        known: elements of the foundation model; None checks no elements.
+        args: the run's flags.
+        known_elements: gives the elements of the foundation model, or None to check no elements.
     """
 
     def load_from_xyz(*positional: Any, **keywords: Any) -> tuple[Any, list[Any]]:
@@ -65,7 +68,7 @@ def checked_loader(
         except Exception as error:  # ASE raises many kinds for a broken file
             raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
         if not keywords.get("no_data_ok"):
-            check_frames(path, frames, keys, args, known)
+            check_frames(path, frames, keys, args, known_elements())
         return energies, frames
 
     return load_from_xyz

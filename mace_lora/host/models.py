@@ -34,19 +34,36 @@ def is_ours(name: str) -> bool:
 def load(
     name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """The foundation model `mini`, or a `.model` file.
+    """A foundation model: `mini`, one that mace-torch knows by name, or a `.model` file.
 
     Args:
-        name: "mini" or a path. A file is a pickle, which can run code: open only those you trust.
+        name: a name or a path. A file is a pickle, which can run code: open only those you trust.
         device: where to put it.
         dtype: cast to this precision; None keeps the file's.
 
     Raises:
         FoundationModelError: no such file or name, or the file holds no MACE model.
     """
-    model = mini.build(dtype) if name == MINI else _load_file(name, device)
+    if name == MINI:
+        model = mini.build(dtype)
+    elif is_ours(name):
+        model = _load_file(name, device)
+    else:
+        model = _load_named(name, device, dtype or torch.float64)
     model = model.to(device)
     return model if dtype is None else model.to(dtype)
+
+
+def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A model that mace-torch downloads, or finds in its cache."""
+    keywords = {"device": str(device), "default_dtype": str(dtype).removeprefix("torch.")}
+    if name in upstream.module("mace.cli.run_train").polar_model_names:
+        return upstream.original("mace_polar")(model=name, return_raw_model=True, **keywords)
+    if name == "mace_omol":
+        return upstream.original("mace_omol")(**keywords).models[0]
+    if name.endswith("_off"):
+        return upstream.original("mace_off")(model=name.removesuffix("_off"), **keywords).models[0]
+    return upstream.original("mace_mp")(model=name, **keywords).models[0]
 
 
 def _load_file(name: str, device: str | torch.device) -> torch.nn.Module:

@@ -61,7 +61,7 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
     _refuse_contradictions(args)
     checks.files_exist(args)
     foundation = None
-    if models.is_ours(args.foundation_model):
+    if models.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
         foundation = models.load(args.foundation_model, _device(args), dtype)
     checks.folders_writable(args)
@@ -97,7 +97,7 @@ def _foundation_by_name(
     if foundation is None:
         return {}
     names = [*upstream.original("foundation_names"), args.foundation_model]
-    load = upstream.original("load_foundation")
+    load = upstream.original("mace_mp")
 
     def mace_mp(model: Any = None, **keywords: Any) -> Any:
         if model != args.foundation_model:
@@ -107,4 +107,4 @@ def _foundation_by_name(
             foundation.to(getattr(torch, dtype))
         return SimpleNamespace(models=[foundation.to(keywords["device"])])
 
-    return {"foundation_names": names, "load_foundation": mace_mp}
+    return {"foundation_names": names, "mace_mp": mace_mp}

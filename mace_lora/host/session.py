@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,10 +65,9 @@ class Session:
 
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
-        known = None
-        if self.foundation is not None:
-            known = {int(z) for z in self.foundation.atomic_numbers}
+        loaders = ("mace_mp", "mace_off", "mace_omol", "mace_polar")
         return {
+            **{key: self.watched(upstream.original(key)) for key in loaders},
             "inject": self.inject,
             "merge": self.merge,
             "to_cueq": self.already_converted,
@@ -84,10 +84,28 @@ class Session:
             "take_step": self.take_step,
             "log_errors": self.log_errors,
             "checkpoints": make_checkpoint_handler(upstream.original("checkpoints"), self),
-            "load_xyz": checks.checked_loader(upstream.original("load_xyz"), self.args, known),
+            "load_xyz": checks.checked_loader(
+                upstream.original("load_xyz"), self.args, self.known_elements
+            ),
             "estimate_e0s": self.estimate_e0s,
             "avg_num_neighbors": self.avg_num_neighbors,
         }
+
+    def watched(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """Upstream's loader of a named model; its elements are checked against the frames."""
+
+        def loader(*positional: Any, **keywords: Any) -> Any:
+            loaded = load(*positional, **keywords)
+            self.foundation = loaded.models[0] if hasattr(loaded, "models") else loaded
+            return loaded
+
+        return loader
+
+    def known_elements(self) -> set[int] | None:
+        """Atomic numbers of the foundation model, once it is loaded."""
+        if self.foundation is None:
+            return None
+        return {int(z) for z in self.foundation.atomic_numbers}
 
     # ------------------------------------------------------------------ building the model
 
