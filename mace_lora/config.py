@@ -33,7 +33,10 @@ class AdapterConfig:
                 raise ConfigError(
                     f"adapter {method!r} has no option {name!r}; {did_you_mean(name, known)}"
                 )
-        return cls(method, kind(**options))
+        try:
+            return cls(method, kind(**options))
+        except ConfigError as error:  # "rank=0: ..." of an option is "--lora_rank=0: ..." of a flag
+            raise ConfigError(f"--{method}_{error}") from None
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "options": self.options.to_json()}

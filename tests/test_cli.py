@@ -53,10 +53,12 @@ def test_upstream_sees_none_of_our_flags():
         (["--adapter=lroa"], ["unknown adapter 'lroa'", "Did you mean 'lora'?"]),
         (["--lora=False", "--adapter=lora"], ["--lora=False", "--adapter=lora"]),
         (["--lora_init=small"], ["--lora_init", "no adapter is chosen", "--adapter=lora"]),
-        (["--lora=True", "--lora_rank=0"], ["rank", "1 or more", "0"]),
-        (["--lora=True", "--lora_rank=-3"], ["rank", "-3"]),
-        (["--lora=True", "--lora_alpha=0"], ["alpha", "0"]),
-        (["--lora=True", "--lora_alpha=nan"], ["alpha", "nan"]),
+        (["--lora=True", "--lora_rank=0"], ["--lora_rank=0", "1 or more"]),
+        (["--lora=True", "--lora_rank=-3"], ["--lora_rank=-3", "1 or more"]),
+        (["--lora=True", "--lora_alpha=0"], ["--lora_alpha=0.0", "other than 0"]),
+        (["--lora=True", "--lora_alpha=nan"], ["--lora_alpha=nan", "finite"]),
+        (["--adapter=elora", "--lora_rank=8"], ["--lora_rank", "--adapter=elora"]),
+        (["--lora=True", "--adapter=elora"], ["--lora=True", "--adapter=elora"]),
     ],
 )
 def test_contradictions_and_nonsense(flags, parts):

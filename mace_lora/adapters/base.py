@@ -41,11 +41,11 @@ class AdapterOptions:
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         object.__setattr__(self, "targets", targets)
         if not targets or not all(isinstance(t, str) and t for t in targets):
-            raise ConfigError(f"targets must be one or more non-empty texts, found {targets!r}")
+            raise ConfigError(f"targets={targets!r}: one or more non-empty texts are needed")
         self.check()
 
     def check(self) -> None:
-        """Raises ConfigError where a value makes no sense. Methods extend it."""
+        """Raises ConfigError, as `<option>=<value>: <reason>`, where a value makes no sense."""
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

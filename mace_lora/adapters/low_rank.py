@@ -14,7 +14,7 @@ import torch
 
 from mace_lora.adapters.base import Adapter, AdapterOptions, option
 from mace_lora.blocks import WeightLayout
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, did_you_mean
 
 INITS: dict[str, str] = {
     "normal": "A normal, unit variance in each layer's own normalisation",
@@ -42,16 +42,16 @@ class LowRankOptions(AdapterOptions):
     def check(self) -> None:
         if not _is_whole(self.rank) or self.rank < self.lowest_rank:
             raise ConfigError(
-                f"the rank must be a whole number of {self.lowest_rank} or more, got {self.rank}"
+                f"rank={self.rank}: a whole number of {self.lowest_rank} or more is needed"
             )
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if not number or not math.isfinite(self.alpha) or self.alpha == 0:
             raise ConfigError(
-                f"alpha must be a finite number other than 0, got {self.alpha}: "
-                "the update is scaled by alpha / rank"
+                f"alpha={self.alpha}: a finite number other than 0 is needed, "
+                "since the update is scaled by alpha / rank"
             )
         if self.init not in INITS:
-            raise ConfigError(f"unknown init {self.init!r}; known: {', '.join(INITS)}")
+            raise ConfigError(f"init={self.init}: {did_you_mean(str(self.init), INITS)}")
 
 
 def _is_whole(value: object) -> bool:
