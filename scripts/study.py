@@ -2,6 +2,7 @@
 
     python scripts/study.py init --out results/init      # how the LoRA factors start
     python scripts/study.py mini --out results/mini      # from `mini` against from scratch
+    python scripts/study.py methods --out results/methods  # every method, and mace-torch's --lora
 
 Each variant is a run of the real command in a folder of its own under --out; finished runs are not
 repeated. At the end every saved model is evaluated on the test frames, and one table is printed and
@@ -26,7 +27,9 @@ from typing import Any
 import ase.io
 import torch
 
+from mace_lora import load_foundation
 from mace_lora.adapters.low_rank import INITS
+from mace_lora.adapters.registry import METHODS
 from mace_lora.host.mini import load_card
 from mace_lora.host.models import frames_to_batch, predict
 
@@ -36,10 +39,11 @@ LORA = ["--foundation_model=mini", "--E0s=estimated", "--adapter=lora"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: a name and the flags that make it."""
+    """A row of the table: a name, the flags that make it, and whose command runs them."""
 
     name: str
     flags: list[str] = field(default_factory=list)
+    upstream: bool = False
 
 
 def scratch() -> Variant:
@@ -77,7 +81,18 @@ def variants(study: str) -> list[Variant]:
             for extra in [[f"--lora_rank={rank}", f"--lora_alpha={alpha}"]]
             for init in INITS
         ]
-    raise SystemExit(f"unknown study {study!r}: init or mini")
+    theirs = [
+        Variant(
+            f"mace-torch's --lora, rank {rank}, alpha {alpha}",
+            ["--E0s=estimated", "--lora=True", f"--lora_rank={rank}", f"--lora_alpha={alpha}"],
+            upstream=True,
+        )
+        for rank, alpha in ((4, 1), (16, 16))
+    ]
+    ours = [Variant(m, ["--foundation_model=mini", f"--adapter={m}"]) for m in METHODS]
+    flags = ["--foundation_model=mini", "--adapter=dora", "--dora_rank=0"]
+    small = Variant("dora, magnitudes alone", flags)
+    return [full, *theirs, *ours, small]
 
 
 def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Path:
@@ -106,10 +121,15 @@ def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Pat
         f"--default_dtype={args.dtype}",
         "--plot=False",
     ]
+    command = [sys.executable, "-m", "mace_lora", "train"]
+    if variant.upstream:  # mace-torch's own program, which needs the model as a file
+        torch.save(load_foundation("mini", dtype=getattr(torch, args.dtype)), folder / "mini.model")
+        command = [sys.executable, "-c", "from mace.cli.run_train import main; main()"]
+        flags.append("--foundation_model=mini.model")
     start = time.time()
     with open(folder / "output.txt", "w", encoding="utf-8") as log:
         subprocess.run(
-            [sys.executable, "-m", "mace_lora", "train", *flags, *variant.flags],
+            [*command, *flags, *variant.flags],
             cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -137,18 +157,54 @@ def evaluate(model_file: Path, test: Path) -> dict[str, float]:
 
 def trainable(folder: Path) -> int:
     """Number of trained parameters, from the run's log or its model."""
-    found = re.search(r"before, ([\d,]+) after injecting", (folder / "output.txt").read_text())
+    log = (folder / "output.txt").read_text()
+    found = re.search(r"before, ([\d,]+) after injecting", log)
     if found:
         return int(found[1].replace(",", ""))
+    if "Injecting LoRA layers" in log:  # mace-torch counts the frozen parameters too
+        total, base = (
+            int(re.search(text, log)[1])
+            for text in (r"with LoRA has (\d+)", r"Original model has (\d+)")
+        )
+        return total - base
     return sum(p.numel() for p in torch.load(folder / "run.model", weights_only=False).parameters())
+
+
+def seconds_per_step(folder: Path) -> float:
+    """Median over the optimiser steps of the run."""
+    (results,) = folder.glob("results/*.txt")
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    return statistics.median(row["time"] for row in rows if row["mode"] == "opt")
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of the adapter directory; of mace-torch's whole model where there is none."""
+    files = list(folder.glob("run_adapter/*")) or [folder / "run.model"]
+    return sum(f.stat().st_size for f in files)
+
+
+def inference_ratio(model_file: Path, frames: list[ase.Atoms], repeats: int = 15) -> float:
+    """Energies and forces with the saved model against `mini`: ratio of medians, taken in turn."""
+    model = torch.load(model_file, weights_only=False)
+    base = load_foundation("mini", dtype=next(model.parameters()).dtype)
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for repeat in range(repeats + 5):  # the first five warm TorchScript up
+        for i, m in enumerate((model, base)):
+            batch = frames_to_batch(frames, m)
+            start = time.perf_counter()
+            predict(m, [batch])
+            if repeat >= 5:
+                times[i].append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; the mean over seeds, and the spread where there are several."""
-    lines = [
-        "| | trained parameters | lr | force MAE, meV/Å | energy MAE, meV/atom |",
-        "|---|---|---|---|---|",
-    ]
+    head = ["", "trained parameters", "lr", "force MAE, meV/Å", "energy MAE, meV/atom"]
+    more = "inference" in rows[0]
+    if more:
+        head += ["step, ms", "file, KB", "inference time / base"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for key in dict.fromkeys((r["variant"], r["lr"]) for r in rows):
         mine = [r for r in rows if (r["variant"], r["lr"]) == key]
         cells = []
@@ -156,6 +212,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             values = [r[what] for r in mine]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
+        if more:
+            values = [statistics.median(r[k] for r in mine) for k in ("step", "bytes", "inference")]
+            cells += [f"{1e3 * values[0]:.0f}", f"{values[1] / 1000:.0f}", f"{values[2]:.2f}"]
         lines.append(f"| {key[0]} | {mine[0]['trainable']:,} | {key[1]:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -164,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=["init", "mini"])
+    parser.add_argument("study", choices=["init", "mini", "methods"])
     parser.add_argument("--out", required=True, help="folder for the runs and the table")
     parser.add_argument("--train", default=DATA / "ethanol_train.xyz", type=Path)
     parser.add_argument("--valid", default=DATA / "ethanol_valid.xyz", type=Path)
@@ -182,13 +241,18 @@ def main() -> None:
     for name in ("train", "valid", "test"):
         setattr(args, name, getattr(args, name).resolve())
     rows = []
+    frames = ase.io.read(args.test, index=":10")
     for variant in (v for v in variants(args.study) if args.only in v.name):
         for lr in args.lr:
             for seed in args.seeds:
                 folder = run(variant, args, seed, lr)
                 errors = evaluate(folder / "run.model", args.test)
                 row = {"variant": variant.name, "lr": lr, "seed": seed, **errors}
-                rows.append({**row, "trainable": trainable(folder)})
+                row |= {"trainable": trainable(folder), "step": seconds_per_step(folder)}
+                row |= {"bytes": adapter_bytes(folder)}
+                if args.study == "methods":
+                    row |= {"inference": inference_ratio(folder / "run.model", frames)}
+                rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
     Path(args.out, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     Path(args.out, "table.md").write_text(table(rows))
