@@ -43,7 +43,8 @@ _GATES = {
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default precision, for as long as a model is built in it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -63,7 +64,7 @@ def construct(architecture: dict[str, Any], dtype: torch.dtype) -> modules.Scale
     # The three data buffers get placeholders of the right shape here, and values on loading.
     arguments["atomic_energies"] = np.zeros((1, len(arguments["atomic_numbers"])))
     arguments["num_elements"] = len(arguments["atomic_numbers"])
-    with _default_dtype(dtype):
+    with default_dtype(dtype):
         return modules.ScaleShiftMACE(
             atomic_inter_scale=1.0, atomic_inter_shift=0.0, **arguments
         ).to(dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from mace_lora.errors import FoundationModelError, did_you_mean
 from mace_lora.host import mini, upstream
+from mace_lora.host.mini import default_dtype
 
 MINI = "mini"
 _PARTS = ("r_max", "atomic_numbers", "node_embedding", "interactions", "products", "readouts")
@@ -103,17 +103,6 @@ def _not_a_mace_model(model: Any) -> str | None:
             "and train with --enable_cueq=True"
         )
     return None
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default precision, for as long as a model is built in it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def describe(model: torch.nn.Module) -> dict[str, Any]:
