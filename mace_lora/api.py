@@ -104,12 +104,11 @@ def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Mo
     from mace_lora.host import models
 
     content = artefact.read(folder)
-    if isinstance(base, str):
-        base = models.load(base)
-    base = models.one_head(base, content.base.get("head"))
-    found = fingerprint(base)
     # in the precision of the run before anything is computed, as the run itself did
-    model = deepcopy(base).to(getattr(torch, content.model["dtype"]))
+    dtype = getattr(torch, content.model["dtype"])
+    base = models.load(base, dtype=dtype) if isinstance(base, str) else deepcopy(base).to(dtype)
+    model = models.one_head(base, content.base.get("head"))
+    found = fingerprint(model)
     if found == content.model.get("fingerprint"):
         models.restore_constants(model, content.model)
     elif found == content.base.get("fingerprint"):

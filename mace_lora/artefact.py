@@ -9,6 +9,7 @@ merged model. A key that is not known is an error: ignoring it would change pred
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -112,7 +113,47 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in ("base", "model", "versions"):
         if not isinstance(content[key], dict):
             raise ArtefactError(f"{path}: {key!r} must be a table, found {content[key]!r}")
+    for key in ("base", "model"):
+        _check_description(f"{path}: {key}", content[key])
     return content
+
+
+def _check_description(where: str, table: dict[str, Any]) -> None:
+    """Raises ArtefactError unless `table` describes a model as `host.models.describe` does."""
+    numbers, heads = table.get("atomic_numbers"), table.get("heads")
+    checks = {
+        "fingerprint": isinstance(table.get("fingerprint"), str),
+        "dtype": table.get("dtype") in ("float32", "float64"),
+        "atomic_numbers": _is_list_of(numbers, int)
+        and all(0 < z < 119 for z in numbers)
+        and len(set(numbers)) == len(numbers),
+        "heads": _is_list_of(heads, str),
+    }
+    if all(checks.values()):
+        energies, size = table.get("atomic_energies"), (len(heads), len(numbers))
+        checks["atomic_energies"] = energies is None or (
+            _is_list_of(energies, list)
+            and len(energies) == size[0]
+            and all(_is_list_of(row, float) and len(row) == size[1] for row in energies)
+        )
+        for key in ("scale", "shift"):
+            values = table.get(key)
+            checks[key] = values is None or (
+                _is_list_of(values, float) and len(values) in (1, len(heads))
+            )
+    wrong = [key for key, fine in checks.items() if not fine]
+    if wrong:
+        key = wrong[0]
+        raise ArtefactError(f"{where}: {key!r} is missing or wrong: {str(table.get(key))[:80]}")
+
+
+def _is_list_of(values: Any, kind: type) -> bool:
+    """A non-empty list of this kind; floats must be finite."""
+    if not isinstance(values, list) or not values:
+        return False
+    if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+        return False
+    return kind is not float or all(math.isfinite(v) for v in values)
 
 
 @torch.no_grad()

@@ -119,12 +119,34 @@ def _edit(folder, **changes):
         ({"options": {"rank": 3, "targets": ["all"]}}, "factor .* has shape"),
         ({"options": {"targets": ["skip"]}}, "unknown"),
         ({"base": [1]}, "must be a table"),
+        ({"model": {}}, "'fingerprint' is missing"),
     ],
 )
 def test_a_wrong_configuration_is_refused(saved, changes, expected):
     base, _, folder = saved
     _edit(folder, **changes)
     with pytest.raises(ArtefactError, match=expected):
+        load_adapter(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "load"),
+        ("fingerprint", 3),
+        ("atomic_numbers", [1, 1, 8]),
+        ("atomic_numbers", [1, 6, 10**9]),
+        ("heads", []),
+        ("atomic_energies", [[-1.0]]),
+        ("atomic_energies", [[-1.0, float("nan"), 0.0]]),
+        ("shift", [0.0, 0.0, 0.0]),
+    ],
+)
+def test_a_wrong_description_of_the_model_is_refused(saved, key, value):
+    base, _, folder = saved
+    model = json.loads((folder / CONFIG).read_text())["model"]
+    _edit(folder, model={**model, key: value})
+    with pytest.raises(ArtefactError, match=f"model: '{key}' is missing or wrong"):
         load_adapter(base, folder)
 
 
