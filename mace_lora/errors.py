@@ -42,6 +42,10 @@ class MergeMismatch(MaceLoraError, RuntimeError):
     """The merged model does not predict what the adapted model predicts."""
 
 
+class Diverged(MaceLoraError, RuntimeError):
+    """The loss is no longer a number."""
+
+
 class UnsupportedUpstream(MaceLoraError, RuntimeError):
     """The installed mace-torch is not one that this package knows how to host."""
 

@@ -268,6 +268,39 @@ def test_without_an_adapter_the_command_is_upstreams(tmp_path, train_flags, foun
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
+def test_a_restart_with_another_rank_is_refused(tmp_path, train_flags, foundation):
+    """Upstream says "Loading checkpoint" and then starts from the beginning."""
+    flags = [*train_flags, f"--foundation_model={foundation}", "--lora=True", "--max_num_epochs=1"]
+    run_command(*flags, cwd=tmp_path)
+    before = files(tmp_path)
+    failed = run_command(*flags, "--lora_rank=2", "--restart_latest", cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    assert "run_run-1_epoch-0.pt can't be continued from" in failed.stderr
+    assert files(tmp_path) == before
+    again = run_command(*flags, "--max_num_epochs=2", "--restart_latest", cwd=tmp_path)
+    assert "Epoch 1" in again.stdout
+
+
+def test_an_older_and_longer_run_of_the_same_name_is_not_the_result(
+    tmp_path, train_flags, foundation
+):
+    flags = [*train_flags, f"--foundation_model={foundation}", "--lora=True"]
+    run_command(*flags, "--max_num_epochs=3", cwd=tmp_path)
+    done = run_command(*flags, "--max_num_epochs=1", cwd=tmp_path)
+    assert "Loaded Stage one model from epoch 0" in done.stdout
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path, train_flags, foundation):
+    """Upstream takes NaN for the best loss, deletes the good checkpoint and saves a NaN model."""
+    flags = [*train_flags, f"--foundation_model={foundation}", "--lora=True"]
+    flags += ["--default_dtype=float32", "--max_num_epochs=30", "--clip_grad=None"]
+    failed = run_command(*flags, "--lr=1e6", cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    assert "training has diverged at --lr=1000000.0" in failed.stderr
+    assert "try --lr=100000" in failed.stderr
+    assert not (tmp_path / "run.model").exists()
+
+
 def test_lbfgs_moves_only_the_adapters(tmp_path, train_flags, foundation, frames):
     run_command(
         *train_flags,

@@ -1,7 +1,9 @@
-"""Upstream's checkpoints, told apart by run and stage."""
+"""Upstream's checkpoints, told apart by run and stage, and never loaded in part."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any, Protocol
 
 
@@ -10,11 +12,14 @@ class _Stage(Protocol):
 
 
 def make_checkpoint_handler(original: type, session: _Stage) -> type:
-    """Upstream's CheckpointHandler, which also tells `session` which stage it loads.
+    """Upstream's CheckpointHandler with three differences.
 
-    Upstream loads the file with the highest epoch number under the run's tag, so that an older and
-    longer run of the same name is saved as the new result. Here, what this run has written comes
-    first; and a checkpoint that doesn't fit the model is an error, never loaded in part.
+    - It tells `session` which stage it loads.
+    - What this run has written comes first. Upstream loads the file with the highest epoch number
+      under the run's tag, so that an older and longer run of the same name is saved as the result.
+    - A checkpoint that is broken or doesn't fit the model ends the run. Upstream catches every
+      exception around a restart and then starts from the beginning; leaving the program is the one
+      thing that it doesn't catch.
     """
 
     class Checkpoints(original):  # type: ignore[misc, valid-type]
@@ -23,16 +28,33 @@ def make_checkpoint_handler(original: type, session: _Stage) -> type:
             self.written: dict[bool, str] = {}
 
         def save(self, state: Any, epochs: int, keep_last: bool = False) -> None:
+            # the new file first: upstream removes the old one before it writes
+            old, self.io.old_path = self.io.old_path, None
             super().save(state, epochs, keep_last)
-            start = self.io.swa_start
-            self.written[start is not None and epochs >= start] = self.io.old_path
+            new, start = self.io.old_path, self.io.swa_start
+            self.written[start is not None and epochs >= start] = new
+            if old and old != new and not self.io.keep and not keep_last and os.path.exists(old):
+                os.remove(old)
 
         def load_latest(
             self, state: Any, swa: bool | None = False, device: Any = None, strict: bool = True
         ) -> int | None:
             session.stage_two = bool(swa)
-            if bool(swa) in self.written:
-                return self.load(state, self.written[bool(swa)], strict=True, device=device)
-            return super().load_latest(state, swa=swa, device=device, strict=True)
+            path = self.written.get(bool(swa)) or self.io._get_latest_checkpoint_path(swa=swa)
+            if path is None:
+                return None
+            try:
+                return self.load(state, path, strict=True, device=device)
+            except Exception as error:
+                sys.exit(
+                    f"error: checkpoint {path} can't be continued from by this run: {_short(error)}"
+                    "\nIt was written with another adapter, rank, targets or base model, or is "
+                    "damaged. Give the flags of that run, or another --name, or remove the file."
+                )
 
     return Checkpoints
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else text[:400] + " ..."

@@ -21,7 +21,7 @@ import torch
 
 from mace_lora import artefact
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import MergeMismatch
+from mace_lora.errors import Diverged, MergeMismatch
 from mace_lora.files import whole_file
 from mace_lora.fingerprint import fingerprint
 from mace_lora.host import checks, models, upstream
@@ -265,9 +265,19 @@ class Session:
         original = upstream.original("take_step")
         with torch.nn.utils.parametrize.cached():
             loss, metrics = original(*positional, **keywords)
+        self._check_finite(metrics["loss"], "training loss")
         if self.bar is not None:
             self.bar.step(float(metrics["loss"]))
         return loss, metrics
+
+    def _check_finite(self, loss: Any, what: str) -> None:
+        """Upstream takes NaN for the best loss so far, and saves the model that gave it."""
+        if not np.isfinite(float(loss)):
+            raise Diverged(
+                f"the {what} is {float(loss)}: training has diverged at --lr={self.args.lr}. "
+                f"The best checkpoint so far is kept in {self.args.checkpoints_dir}; "
+                f"try --lr={self.args.lr / 10:g}"
+            )
 
     def log_errors(
         self, valid_loss: Any, eval_metrics: Any, logger: Any, log_errors: str, *rest: Any
@@ -276,6 +286,7 @@ class Session:
         original = upstream.original("log_errors")
         original(valid_loss, eval_metrics, logger, log_errors, *rest)
         epoch, head = (*rest, None, "Default")[:2]
+        self._check_finite(valid_loss, f"validation loss (head {head}, epoch {epoch})")
         self.history.add(epoch, head, eval_metrics)
         if self.bar is not None:
             self.bar.validated(eval_metrics)
