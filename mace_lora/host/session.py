@@ -256,9 +256,14 @@ class Session:
         with ProgressBar(epochs * steps, steps, enabled=keywords.get("rank", 0) == 0) as self.bar:
             original(**keywords)
         if keywords.get("rank", 0) == 0 and self.history:
-            picture = Path(self.args.model_dir) / f"{self.args.name}_learning_curve.png"
-            Path(self.args.model_dir).mkdir(parents=True, exist_ok=True)
+            self._draw_learning_curve()
+
+    def _draw_learning_curve(self) -> None:
+        picture = Path(self.args.model_dir) / f"{self.args.name}_learning_curve.png"
+        try:
             self.history.plot(picture, title=f"{self.args.name}: {self.config.method}")
+        except Exception as error:  # a picture is no reason to lose the model that is saved next
+            logging.warning(f"no learning curve: {type(error).__name__}: {error}")
 
     def take_step(self, *positional: Any, **keywords: Any) -> Any:
         """Upstream's step, seen by the bar; effective weights are computed once per step."""
