@@ -12,7 +12,7 @@ import torch
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError
 from mace_lora.host import checks, models, upstream
-from mace_lora.host.session import Session, jit_save_whole, save_whole
+from mace_lora.host.session import Session
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,12 +40,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None) -> None:
         return
     foundation = _prepare(args)
     session = Session(args, config, foundation)
-    substitutes = {
-        **session.substitutes(),
-        **_foundation_by_name(args, foundation),
-        "save": save_whole,
-        "jit_save": jit_save_whole,
-    }
+    substitutes = {**session.substitutes(), **_foundation_by_name(args, foundation)}
     with upstream.substituted(substitutes):
         script.run(args)
     session.say_what_was_done()

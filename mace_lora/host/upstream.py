@@ -34,7 +34,7 @@ class Name:
     parameters: tuple[str, ...] | None = ()
 
 
-# key -> name; the reason for each substitute stands beside it in session.py
+# key -> name; the reason for each substitute stands beside it in session.py, training.py, saving.py
 NAMES: dict[str, Name] = {
     "inject": Name(_RUN, "inject_LoRAs", ("model", "rank", "alpha")),
     "merge": Name(_RUN, "merge_lora_weights", ("model",)),
