@@ -71,20 +71,12 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     """
     from mace_lora.host import models
 
-    methods = {type(adapter): adapter.options for _, adapter in adapters(model)}
-    if not methods:
+    config = next((adapter.config for _, adapter in adapters(model)), None)
+    if config is None:
         raise ConfigError("the model carries no adapters: inject some before saving them")
-    (method, options), *_ = methods.items()
-    config = AdapterConfig(_method_name(method), options)
     description = {**models.describe(model), "fingerprint": fingerprint(model)}
     base = {"name": None, "head": None, **description}
     artefact.write(folder, config, adapter_parameters(model), base, description)
-
-
-def _method_name(method: type) -> str:
-    from mace_lora.adapters.registry import METHODS, get_method
-
-    return next(name for name in METHODS if get_method(name) is method)
 
 
 def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Module:

@@ -57,11 +57,32 @@ class Block:
 
 
 @dataclass(frozen=True)
+class IrrepBlock:
+    """`mul` copies of an irrep among the features of a layer, from component `start` on.
+
+    `reached`: some path of the layer leads from or to it.
+    """
+
+    start: int
+    mul: int
+    dim: int
+    even: bool
+    reached: bool = True
+
+    @property
+    def scalar(self) -> bool:
+        """Whether its components are invariant under rotations and inversion (0e)."""
+        return self.dim == 1 and self.even
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """A weight tensor as matrices that act from the input (rows) to the output (cols).
 
     `unit` is the standard deviation that a random matrix needs, in the layer's own normalisation,
-    to turn inputs of unit variance into outputs of unit variance.
+    to turn inputs of unit variance into outputs of unit variance. `inputs` and `outputs` are the
+    features of an equivariant linear layer; `component_major`: inside a block of them the component
+    is the slow index and the copy the fast one (cuequivariance's ir_mul).
     """
 
     kind: str
@@ -70,6 +91,9 @@ class WeightLayout:
     blocks: tuple[Block, ...]
     unit: float = 1.0
     transposed: bool = False  # torch.nn.Linear stores (out, in)
+    inputs: tuple[IrrepBlock, ...] = ()
+    outputs: tuple[IrrepBlock, ...] = ()
+    component_major: bool = False
 
     def split(self, weight: torch.Tensor) -> list[torch.Tensor]:
         """The matrices of `weight`, in the order of `blocks`, as views."""
@@ -117,7 +141,7 @@ def _one_matrix(kind: str, shape: torch.Size, rows: int, cols: int, **extra) -> 
 
 
 def _grouped(
-    kind: str, shape: torch.Size, paths: list[tuple[str, int, int, int, int]]
+    kind: str, shape: torch.Size, paths: list[tuple[str, int, int, int, int]], **extra
 ) -> WeightLayout:
     """A layout from paths (irrep, input block, output block, rows, cols) in storage order."""
     labels = list(dict.fromkeys(label for label, *_ in paths))
@@ -136,7 +160,7 @@ def _grouped(
         row, col = offsets[label][0][i], offsets[label][1][o]
         blocks[k] = Block(start, r, c, labels.index(label), row, col)
         start += r * c
-    return WeightLayout(kind, tuple(shape), tuple(groups), tuple(blocks.values()))
+    return WeightLayout(kind, tuple(shape), tuple(groups), tuple(blocks.values()), **extra)
 
 
 def _starts(sizes: dict[int, int]) -> dict[int, int]:
@@ -145,6 +169,33 @@ def _starts(sizes: dict[int, int]) -> dict[int, int]:
         starts[key] = total
         total += size
     return starts
+
+
+def _features(irreps, reached: set[int]) -> tuple[IrrepBlock, ...]:
+    """The blocks of e3nn's or cuequivariance's irreps; `reached` are those with a path."""
+    found, start = [], 0
+    for i, (mul, ir) in enumerate(irreps):
+        irrep = o3.Irrep(str(ir))
+        found.append(IrrepBlock(start, mul, irrep.dim, irrep.p == 1, i in reached))
+        start += mul * irrep.dim
+    return tuple(found)
+
+
+def _linear(
+    module: torch.nn.Module,
+    param: torch.Tensor,
+    paths: list[tuple[str, int, int, int, int]],
+    **extra,
+) -> WeightLayout:
+    """The layout of an equivariant linear layer."""
+    return _grouped(
+        "linear",
+        param.shape,
+        paths,
+        inputs=_features(module.irreps_in, {p[1] for p in paths}),
+        outputs=_features(module.irreps_out, {p[2] for p in paths}),
+        **extra,
+    )
 
 
 def _o3_linear(module: o3.Linear, tensor: str, param: torch.Tensor) -> WeightLayout | str:
@@ -159,7 +210,7 @@ def _o3_linear(module: o3.Linear, tensor: str, param: torch.Tensor) -> WeightLay
     ]
     if any(len(p) != 5 for p in paths) or sum(p[3] * p[4] for p in paths) != param.numel():
         return "weights with extra axes (f_in, f_out) are not supported"
-    return _grouped("linear", param.shape, paths)
+    return _linear(module, param, paths)
 
 
 def _cuet_linear(module: torch.nn.Module, tensor: str, param: torch.Tensor) -> WeightLayout | str:
@@ -172,7 +223,10 @@ def _cuet_linear(module: torch.nn.Module, tensor: str, param: torch.Tensor) -> W
     ]
     if sum(p[3] * p[4] for p in paths) != param.numel():
         return "a cuequivariance weight layout that is not known"
-    return _grouped("linear", param.shape, paths)
+    layouts = {str(module.transpose_in.source), str(module.transpose_out.target)}
+    if len(layouts) > 1:
+        return "input and output in different layouts of cuequivariance"
+    return _linear(module, param, paths, component_major=layouts == {"ir_mul"})
 
 
 def _dense(module: torch.nn.Linear, tensor: str, param: torch.Tensor) -> WeightLayout | str:

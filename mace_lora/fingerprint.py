@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from mace_lora.adapters.base import Adapter
+from mace_lora.adapters.base import Adapter, plain_name
 
 
 def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -15,9 +15,7 @@ def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in foreign:
-            # <layer>.parametrizations.<tensor>.original
-            plain = name.removesuffix(".original").replace(".parametrizations.", ".")
-            state[plain] = parameter
+            state[plain_name(name)] = parameter
     return state
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mace_lora.adapters.base import Adapter
+from mace_lora.adapters.base import Adapter, plain_name
 from mace_lora.adapters.registry import get_method
 from mace_lora.blocks import KINDS, Site, Skipped, find_sites
 from mace_lora.config import AdapterConfig
@@ -19,10 +19,7 @@ def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Every adapter in `model` with the name of the weight it changes, in model order."""
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
-            # <layer>.parametrizations.<tensor>.<index>
-            layer, _, rest = path.rpartition(".parametrizations.")
-            tensor = rest.rpartition(".")[0]
-            yield f"{layer}.{tensor}".removesuffix(".weight"), module
+            yield plain_name(path).removesuffix(".weight"), module
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -65,7 +62,8 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
     for site in chosen:
         size = site.weight.numel()
         adapter = method.make(site, config.options)
-        adapter.attach(site)
+        adapter.config = config
+        adapter.attach(site, model)
         trainable = sum(p.numel() for p in adapter.parameters())
         layers.append(AdaptedLayer(site.name, site.layout.kind, size, trainable, adapter.notes()))
     freeze_base(model)

@@ -8,11 +8,16 @@ from mace_lora.errors import NotMergeable
 from mace_lora.injection import adapters
 
 
-def merge(model: torch.nn.Module) -> torch.nn.Module:
+def merge(model: torch.nn.Module, keep_gates: bool = False) -> torch.nn.Module:
     """Write the effective weights down and remove the adapters, in place.
 
     Afterwards every module is of its original class, and every parameter has `requires_grad`.
     Copies that were made of `model` before keep their adapters.
+
+    Args:
+        model: carries adapters.
+        keep_gates: leave adapters that depend on the input in place and merge the others; without
+            it they are an error.
 
     Returns:
         `model` itself.
@@ -21,10 +26,10 @@ def merge(model: torch.nn.Module) -> torch.nn.Module:
         NotMergeable: an adapter depends on the input; `model` is left as it was.
     """
     stuck = [name for name, adapter in adapters(model) if not adapter.mergeable]
-    if stuck:
+    if stuck and not keep_gates:
         raise NotMergeable(
             f"{len(stuck)} adapters depend on the input and can't be merged, {stuck[0]} the first; "
-            "keep the model as it is: loading it needs mace_lora"
+            "merge(model, keep_gates=True) merges the others; loading the result needs mace_lora"
         )
     for module in list(model.modules()):
         # not parametrize.is_parametrized: the property must be ours alone to remove

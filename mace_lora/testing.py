@@ -13,13 +13,15 @@ from typing import Any
 
 import ase
 import numpy as np
+import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
 from mace_lora.api import load_adapter, save_adapter
 from mace_lora.config import AdapterConfig
+from mace_lora.errors import NotMergeable
 from mace_lora.host.models import OUTPUTS, frames_to_batch, largest_difference, predict
-from mace_lora.injection import adapter_parameters, inject
+from mace_lora.injection import adapter_parameters, adapters, inject
 from mace_lora.merging import merge
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -132,13 +134,21 @@ class AdapterContract:
     def test_merged_equals_adapted(self, model, frames, config):
         base = deepcopy(model)
         self.adapted(model, config)
+        gates = [name for name, adapter in adapters(model) if not adapter.mergeable]
+        if gates:
+            before = outputs(model, frames)
+            with pytest.raises(NotMergeable, match="keep_gates"):
+                merge(model)
+            assert worst(before, outputs(model, frames)) == 0
         for dtype in (torch.float64, torch.float32):
             adapted = deepcopy(model).to(dtype)
             before = outputs(adapted, frames)
-            merged = merge(adapted)
+            merged = merge(adapted, keep_gates=True)
             assert worst(before, outputs(merged, frames)) <= TOLERANCE[dtype]
-        assert _plain(merged) == _plain(base)
-        assert set(merged.state_dict()) == set(base.state_dict())
+        assert [name for name, _ in adapters(merged)] == gates
+        if not gates:
+            assert _plain(merged) == _plain(base)
+            assert set(merged.state_dict()) == set(base.state_dict())
         assert all(p.requires_grad for p in merged.parameters())
         assert worst(outputs(base, frames), outputs(model, frames)) > 1e-6
 
@@ -146,7 +156,7 @@ class AdapterContract:
         self.adapted(model, config)
         copy = deepcopy(model)
         before = outputs(copy, frames)
-        merge(model)
+        merge(model, keep_gates=True)
         assert worst(before, outputs(copy, frames)) <= 1e-12
 
     def test_saved_and_loaded(self, model, frames, config, tmp_path: Path):

@@ -1,8 +1,9 @@
 """What every adapter is: a change of one weight by a few trainable factors, W -> f(W, factors).
 
 An adapter is a parametrisation (`torch.nn.utils.parametrize`) of a tensor of a layer, so the layer
-keeps its class, its code and its place, and merging means writing the effective weight down.
-Facts about a method are data on its class, asked by those who need them.
+keeps its class, its code and its place, and merging means writing the effective weight down. Where
+the mathematics needs the layer's input, an `OutputAdapter` wraps the layer instead. Facts about a
+method are data on its class, asked by those who need them.
 """
 
 from __future__ import annotations
@@ -91,8 +92,61 @@ class Adapter(torch.nn.Module):
         """What the user should know about this layer, such as a capped rank; or nothing."""
         return ""
 
-    def attach(self, site: Site) -> None:
+    @classmethod
+    def banner(cls, options: AdapterOptions) -> str:
+        """A line for the log when a run starts, or nothing."""
+        return ""
+
+    def attach(self, site: Site, model: torch.nn.Module) -> None:
         """Become part of the layer: from now on its weight is the effective one."""
         weight = site.weight
         self.to(device=weight.device, dtype=weight.dtype)
         parametrize.register_parametrization(site.module, site.tensor, self)
+
+
+class OutputAdapter(Adapter):
+    """A change of a layer's output that depends on its input, and so has no merged weight.
+
+    `forward(features, output)` replaces `forward(weight)`.
+    """
+
+    mergeable = False
+
+    def forward(self, features: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The adapted output, of the shape of `output`."""
+        raise NotImplementedError
+
+    def attach(self, site: Site, model: torch.nn.Module) -> None:
+        """Wrap the layer: `Gated` takes its place in `model`."""
+        weight = site.weight
+        self.to(device=weight.device, dtype=weight.dtype)
+        parent, _, name = site.name.rpartition(".")
+        setattr(model.get_submodule(parent), name, Gated(site.module, self))
+
+
+class Gated(torch.nn.Module):
+    """A linear layer whose output an `OutputAdapter` changes. TorchScript can compile it."""
+
+    def __init__(self, ungated: torch.nn.Module, gate: OutputAdapter) -> None:
+        super().__init__()
+        self.irreps_in = ungated.irreps_in  # mace-torch reads them off its layers
+        self.irreps_out = ungated.irreps_out
+        self.ungated = ungated
+        self.gate = gate
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """features: (..., irreps_in.dim) to (..., irreps_out.dim)."""
+        return self.gate(features, self.ungated(features))
+
+
+def plain_name(path: str) -> str:
+    """The name that a tensor or an adapter has without the adapters around it.
+
+    `x.ungated.weight`, `x.parametrizations.weight.original` and `x.weight` are all `x.weight`;
+    an adapter is called after the tensor or the layer that it changes.
+    """
+    path = path.replace(".ungated", "")
+    layer, _, rest = path.rpartition(".parametrizations.")
+    if not layer:
+        return path.removesuffix(".gate")
+    return f"{layer}.{rest.rpartition('.')[0]}"  # weight.original, weight.0, weights.1.original

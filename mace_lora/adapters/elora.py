@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from mace_lora.adapters.base import option
-from mace_lora.adapters.low_rank import FullUpdate, LowRank, LowRankOptions, block_parts
-from mace_lora.blocks import Site, WeightLayout
+from mace_lora.adapters.base import Adapter, option
+from mace_lora.adapters.low_rank import LowRankOptions, PathUpdate, path_update
+from mace_lora.blocks import Site
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,14 @@ class EloraOptions(LowRankOptions):
     cap: bool = option(True, "cap the rank at what a path can use (the published code: False)")
 
 
-class Elora(LowRank):
+class Elora(PathUpdate):
     """A and B per path of one weight."""
 
     Options = EloraOptions
     kinds = ("linear", "dense", "radial", "skip", "contraction", "basis")
     default_kinds = kinds
 
-    def __init__(self, layout: WeightLayout, options: EloraOptions) -> None:
-        super().__init__(layout, options, block_parts(layout, options), cap=options.cap)
-
     @classmethod
-    def make(cls, site: Site, options: EloraOptions) -> LowRank | FullUpdate:
-        lower_order = site.layout.kind == "contraction" and site.tensor != "weights_max"
-        if lower_order or site.layout.kind == "basis":
-            return FullUpdate(site.layout, options)
-        return cls(site.layout, options)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.layout.join(self.updates())
+    def make(cls, site: Site, options: EloraOptions) -> Adapter:
+        """Low rank for the large weights, in full for the small ones."""
+        return path_update(site, options, options.cap)

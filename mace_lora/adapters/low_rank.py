@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mace_lora.adapters.base import Adapter, AdapterOptions, option
-from mace_lora.blocks import WeightLayout
+from mace_lora.blocks import Site, WeightLayout
 from mace_lora.errors import ConfigError, did_you_mean
 
 INITS: dict[str, str] = {
@@ -40,22 +40,26 @@ class LowRankOptions(AdapterOptions):
     lowest_rank = 1
 
     def check(self) -> None:
-        if not _is_whole(self.rank) or self.rank < self.lowest_rank:
-            raise ConfigError(
-                f"rank={self.rank}: a whole number of {self.lowest_rank} or more is needed"
-            )
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not number or not math.isfinite(self.alpha) or self.alpha == 0:
-            raise ConfigError(
-                f"alpha={self.alpha}: a finite number other than 0 is needed, "
-                "since the update is scaled by alpha / rank"
-            )
+        check_rank("rank", self.rank, self.lowest_rank)
+        check_alpha("alpha", self.alpha)
         if self.init not in INITS:
             raise ConfigError(f"init={self.init}: {did_you_mean(str(self.init), INITS)}")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_rank(name: str, value: object, lowest: int = 1) -> None:
+    """Raises ConfigError unless `value` is a whole number of `lowest` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise ConfigError(f"{name}={value}: a whole number of {lowest} or more is needed")
+
+
+def check_alpha(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a finite number other than 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value == 0:
+        raise ConfigError(
+            f"{name}={value}: a finite number other than 0 is needed, "
+            "since the update is scaled by alpha / rank"
+        )
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,24 @@ def blocks_of_groups(layout: WeightLayout, matrices: list[torch.Tensor]) -> list
     return [
         matrices[b.group][b.row : b.row + b.rows, b.col : b.col + b.cols] for b in layout.blocks
     ]
+
+
+class PathUpdate(LowRank):
+    """ELoRA's update: A and B for every path of a layer, added before its normalisation."""
+
+    def __init__(self, layout: WeightLayout, options: LowRankOptions, cap: bool = True) -> None:
+        super().__init__(layout, options, block_parts(layout, options), cap=cap)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.layout.join(self.updates())
+
+
+def path_update(site: Site, options: LowRankOptions, cap: bool = True) -> Adapter:
+    """ELoRA's adapter of one site: per path, or in full for the small weights."""
+    lower_order = site.layout.kind == "contraction" and site.tensor != "weights_max"
+    if lower_order or site.layout.kind == "basis":
+        return FullUpdate(site.layout, options)
+    return PathUpdate(site.layout, options, cap)
 
 
 class FullUpdate(Adapter):

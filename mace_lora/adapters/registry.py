@@ -9,6 +9,7 @@ from mace_lora.errors import ConfigError, did_you_mean
 METHODS: dict[str, str] = {
     "lora": "mace_lora.adapters.lora:Lora",
     "elora": "mace_lora.adapters.elora:Elora",
+    "mmea": "mace_lora.adapters.mmea:Mmea",
     "dora": "mace_lora.adapters.dora:Dora",
 }
 

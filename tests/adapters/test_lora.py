@@ -45,7 +45,7 @@ def test_equals_a_second_path_through_two_linear_layers(irreps_in, irreps_out):
             middle = o3.Irreps([(rank, ir) for ir in sorted(shared)])
             first, second = o3.Linear(irreps_in, middle), o3.Linear(middle, irreps_out)
     adapter = Lora(site.layout, LoraOptions(rank=rank, alpha=alpha))
-    adapter.attach(site)
+    adapter.attach(site, layer)
     _copy_factors(adapter, first, second, middle)
     x = torch.randn(5, o3.Irreps(irreps_in).dim, dtype=torch.float64)
     twin = base(x) + alpha / rank * second(first(x))

@@ -1,0 +1,149 @@
+"""The end of a run: adapters merged, the merge proved, and files written whole."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mace_lora import artefact
+from mace_lora.config import AdapterConfig
+from mace_lora.errors import MergeMismatch
+from mace_lora.files import whole_file
+from mace_lora.host import models, upstream
+from mace_lora.host.checkpoints import make_checkpoint_handler
+from mace_lora.injection import adapter_parameters
+from mace_lora.merging import merge
+
+# Largest relative difference between adapted and merged model that is saved without an error
+MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Frames on which a merge is proved
+PROOF_FRAMES = 8
+
+
+class Saving:
+    """Our functions for what upstream writes.
+
+    Args:
+        args: the parsed flags, as upstream takes them.
+        config: the adapter.
+        valid_sets: gives the validation data sets, on whose frames a merge is proved.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: AdapterConfig,
+        valid_sets: Callable[[], list[Any]],
+    ) -> None:
+        self.args = args
+        self.config = config
+        self.valid_sets = valid_sets
+        self.base: dict[str, Any] = {}  # as `models.describe` gives it: the foundation model
+        self.start: dict[str, Any] = {}  # and the model that the run started from
+        self.stage_two = False  # which model upstream has loaded for saving
+
+    def substitutes(self) -> dict[str, Any]:
+        """Our functions by key of `upstream.NAMES`."""
+        return {
+            "merge": self.merge,
+            "from_cueq": lambda model, device=None: self.merge_and_convert("from_cueq", model),
+            "from_oeq": lambda model, device=None: self.merge_and_convert("from_oeq", model),
+            "jit": self.jit(),
+            "checkpoints": make_checkpoint_handler(upstream.original("checkpoints"), self),
+            "save": save_whole,
+            "jit_save": jit_save_whole,
+        }
+
+    def merge(self, model: torch.nn.Module) -> None:
+        """Merge in place (upstream ignores what is returned), proved; save the adapter too."""
+        if self.args.enable_cueq or self.args.enable_oeq:
+            return  # upstream merges one copy and converts another: see `merge_and_convert`
+        self._save_adapter(model)
+        self._fold(model)
+
+    def merge_and_convert(self, key: str, model: torch.nn.Module) -> torch.nn.Module:
+        """Upstream converts the unmerged model back, and so saves a model without adapters."""
+        self._save_adapter(model)
+        self._fold(model)
+        return upstream.original(key)(model, device=self.args.device)
+
+    def _fold(self, model: torch.nn.Module) -> None:
+        batches = [b for s in self.valid_sets() for b in models.batch_of(s, PROOF_FRAMES)]
+        before = models.predict(model, batches)
+        merge(model)
+        found = models.largest_difference(before, models.predict(model, batches))
+        tolerance = MERGE_TOLERANCE[next(model.parameters()).dtype]
+        text = ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
+        n_frames = sum(b.num_graphs for b in batches)
+        logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
+        if any(not relative <= tolerance for _, relative in found.values()):
+            raise MergeMismatch(
+                f"the merged model differs from the adapted one by {text}, more than the relative "
+                f"{tolerance:.0e} allowed; no model was written, the adapter is in "
+                f"{self.adapter_folder()}"
+            )
+
+    def adapter_folder(self) -> Path:
+        """Where the adapter of the stage that is being saved goes."""
+        stage = "_stagetwo" if self.stage_two else ""
+        return Path(self.args.model_dir) / f"{self.args.name}{stage}_adapter"
+
+    def _save_adapter(self, model: torch.nn.Module) -> None:
+        folder = self.adapter_folder()
+        artefact.write(folder, self.config, adapter_parameters(model), self.base, self.start)
+        logging.info(f"Saved the adapter alone to {folder}")
+
+    def say_what_was_left(self) -> None:
+        """The last lines of the log: the files to take away."""
+        folder, name = Path(self.args.model_dir), self.args.name
+        files = {
+            f"{name}{stage}{kind}": meaning
+            for stage in ("", "_stagetwo")
+            for kind, meaning in (
+                (".model", "merged, a plain MACE model"),
+                ("_compiled.model", "the same as TorchScript, for LAMMPS"),
+                ("_adapter", "the adapter alone"),
+            )
+        }
+        files[f"{name}_learning_curve.png"] = "validation errors by epoch"
+        for file, meaning in files.items():
+            if (folder / file).exists():
+                logging.info(f"  {folder / file}: {meaning}")
+
+    @staticmethod
+    def jit() -> SimpleNamespace:
+        """Upstream swallows every error of the TorchScript compilation; here it is said."""
+        real = upstream.original("jit")
+
+        def compile(*positional: Any, **keywords: Any) -> Any:
+            try:
+                return real.compile(*positional, **keywords)
+            except Exception as error:
+                logging.warning(f"no _compiled.model: TorchScript refuses this model: {error}")
+                raise
+
+        return SimpleNamespace(compile=compile)
+
+
+def save_whole(obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+    """`torch.save`, but a file that is named is written whole or not at all."""
+    _whole(upstream.original("save"), obj, f, *rest, **keywords)
+
+
+def jit_save_whole(m: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+    """`torch.jit.save`, but a file that is named is written whole or not at all."""
+    _whole(upstream.original("jit_save"), m, f, *rest, **keywords)
+
+
+def _whole(save: Any, obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+    if isinstance(f, (str, Path)):
+        with whole_file(f) as temporary:
+            save(obj, str(temporary), *rest, **keywords)
+    else:
+        save(obj, f, *rest, **keywords)
