@@ -9,7 +9,7 @@ entry in `_KINDS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -94,6 +94,25 @@ class WeightLayout:
     inputs: tuple[IrrepBlock, ...] = ()
     outputs: tuple[IrrepBlock, ...] = ()
     component_major: bool = False
+
+    def simplified(self) -> WeightLayout:
+        """Neighbouring inputs of one irrep as one block: 4x0e + 3x0e becomes 7x0e.
+
+        Only where their matrices lie one below the other in storage already.
+        """
+        merged: list[Block] = []
+        for block in self.blocks:
+            last = merged[-1] if merged else None
+            if (
+                last is not None
+                and (last.group, last.col, last.cols) == (block.group, block.col, block.cols)
+                and last.start + last.size == block.start
+                and last.row + last.rows == block.row
+            ):
+                merged[-1] = replace(last, rows=last.rows + block.rows)
+            else:
+                merged.append(block)
+        return replace(self, blocks=tuple(merged))
 
     def split(self, weight: torch.Tensor) -> list[torch.Tensor]:
         """The matrices of `weight`, in the order of `blocks`, as views."""

@@ -25,6 +25,7 @@ class EloraOptions(LowRankOptions):
     rank: int = option(16, "rank of each path's update; capped at what the path can use")
     alpha: float = option(16.0, "the update is scaled by alpha / rank")
     cap: bool = option(True, "cap the rank at what a path can use (the published code: False)")
+    simplify: bool = option(True, "neighbouring inputs of one irrep make one path")
 
 
 class Elora(PathUpdate):
@@ -37,4 +38,4 @@ class Elora(PathUpdate):
     @classmethod
     def make(cls, site: Site, options: EloraOptions) -> Adapter:
         """Low rank for the large weights, in full for the small ones."""
-        return path_update(site, options, options.cap)
+        return path_update(site, options, options.cap, options.simplify)

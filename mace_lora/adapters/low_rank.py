@@ -152,21 +152,35 @@ def blocks_of_groups(layout: WeightLayout, matrices: list[torch.Tensor]) -> list
 
 
 class PathUpdate(LowRank):
-    """ELoRA's update: A and B for every path of a layer, added before its normalisation."""
+    """ELoRA's update: A and B for every path of a layer, added before its normalisation.
 
-    def __init__(self, layout: WeightLayout, options: LowRankOptions, cap: bool = True) -> None:
+    `simplify`: neighbouring inputs of one irrep make one path. They did in the layers of MACE when
+    the method was published; today mace-torch lists them one by one, in the same order.
+    """
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        options: LowRankOptions,
+        cap: bool = True,
+        simplify: bool = True,
+    ) -> None:
+        if simplify and layout.kind == "linear":
+            layout = layout.simplified()
         super().__init__(layout, options, block_parts(layout, options), cap=cap)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.layout.join(self.updates())
 
 
-def path_update(site: Site, options: LowRankOptions, cap: bool = True) -> Adapter:
+def path_update(
+    site: Site, options: LowRankOptions, cap: bool = True, simplify: bool = True
+) -> Adapter:
     """ELoRA's adapter of one site: per path, or in full for the small weights."""
     lower_order = site.layout.kind == "contraction" and site.tensor != "weights_max"
     if lower_order or site.layout.kind == "basis":
         return FullUpdate(site.layout, options)
-    return PathUpdate(site.layout, options, cap)
+    return PathUpdate(site.layout, options, cap, simplify)
 
 
 class FullUpdate(Adapter):

@@ -179,10 +179,13 @@ class Mmea(OutputAdapter):
 
 
 def scalars_read(layout: WeightLayout, options: MmeaOptions) -> list[IrrepBlock]:
-    """The input blocks that feed the hidden layer: scalars; in the reference, the first block."""
-    if options.reference:
-        return [b for b in layout.inputs[:1] if b.dim == 1]
-    return [b for b in layout.inputs if b.scalar]
+    """The input blocks that feed the hidden layer: scalars; in the reference, the first ones."""
+    if not options.reference:
+        return [b for b in layout.inputs if b.scalar]
+    first = layout.inputs[0]
+    alike = [(b.dim, b.even) == (first.dim, first.even) for b in layout.inputs]
+    n = alike.index(False) if False in alike else len(alike)
+    return list(layout.inputs[:n]) if first.dim == 1 else []
 
 
 def _pieces(
