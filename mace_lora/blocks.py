@@ -242,7 +242,7 @@ def _cuet_linear(module: torch.nn.Module, tensor: str, param: torch.Tensor) -> W
     ]
     if sum(p[3] * p[4] for p in paths) != param.numel():
         return "a cuequivariance weight layout that is not known"
-    layouts = {str(module.transpose_in.source), str(module.transpose_out.target)}
+    layouts = {module.transpose_in.source.name, module.transpose_out.target.name}
     if len(layouts) > 1:
         return "input and output in different layouts of cuequivariance"
     return _linear(module, param, paths, component_major=layouts == {"ir_mul"})

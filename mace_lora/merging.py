@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mace_lora.adapters.base import Gated, OutputAdapter
+from mace_lora.blocks import find_sites
 from mace_lora.errors import NotMergeable
 from mace_lora.injection import adapters
 
@@ -57,3 +59,25 @@ def _write_effective_weights(module: torch.nn.Module) -> None:
         parameter = originals[name]
         parameter.data = effective[name]
         module.register_parameter(name, parameter)
+
+
+def take_gates(model: torch.nn.Module) -> dict[str, OutputAdapter]:
+    """Remove the adapters that depend on the input from a merged model, by layer, in place.
+
+    `put_gates` attaches them again, to this model or to the same one in another kernel's layout.
+    """
+    gated = [(n, m) for n, m in model.named_modules() if isinstance(m, Gated)]
+    for path, layer in gated:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.ungated)
+    return {path: layer.gate for path, layer in gated}
+
+
+def put_gates(model: torch.nn.Module, gates: dict[str, OutputAdapter]) -> None:
+    """Attach gates to the layers of the same names, in the layout that these layers have."""
+    sites = {site.name: site for site in find_sites(model)[0]}
+    for name, gate in gates.items():
+        fitting = type(gate)(sites[name].layout, gate.options)
+        fitting.load_state_dict(gate.state_dict())
+        fitting.config = gate.config
+        fitting.attach(sites[name], model)

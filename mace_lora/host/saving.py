@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from mace_lora import artefact
+from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import MergeMismatch
 from mace_lora.files import whole_file
-from mace_lora.host import models, upstream
+from mace_lora.host import gated, models, upstream
 from mace_lora.host.checkpoints import make_checkpoint_handler
 from mace_lora.injection import adapter_parameters
-from mace_lora.merging import merge
+from mace_lora.merging import merge, put_gates, take_gates
 
 # Largest relative difference between adapted and merged model that is saved without an error
 MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -70,15 +71,32 @@ class Saving:
     def merge_and_convert(self, key: str, model: torch.nn.Module) -> torch.nn.Module:
         """Upstream converts the unmerged model back, and so saves a model without adapters."""
         self._save_adapter(model)
-        self._fold(model)
-        return upstream.original(key)(model, device=self.args.device)
+        convert = upstream.original(key)
+        return self._fold(model, lambda merged: convert(merged, device=self.args.device))
 
-    def _fold(self, model: torch.nn.Module) -> None:
+    def _fold(
+        self,
+        model: torch.nn.Module,
+        convert: Callable[[torch.nn.Module], torch.nn.Module] = lambda merged: merged,
+    ) -> torch.nn.Module:
+        """Merge what can be merged, convert, and prove on frames that the result predicts the same.
+
+        Raises:
+            MergeMismatch: it doesn't.
+        """
         batches = [b for s in self.valid_sets() for b in models.batch_of(s, PROOF_FRAMES)]
         before = models.predict(model, batches)
-        merge(model)
-        found = models.largest_difference(before, models.predict(model, batches))
-        tolerance = MERGE_TOLERANCE[next(model.parameters()).dtype]
+        gates = take_gates(merge(model, keep_gates=True))
+        merged = convert(model)  # with gates, upstream would not know its layers
+        put_gates(merged, gates)
+        if gates:
+            gated.mark(merged)
+            logging.info(
+                f"{len(gates)} gates depend on the input and stay: loading the .model file needs "
+                "mace_lora, the _compiled.model doesn't"
+            )
+        found = models.largest_difference(before, models.predict(merged, batches))
+        tolerance = MERGE_TOLERANCE[next(merged.parameters()).dtype]
         text = ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
         n_frames = sum(b.num_graphs for b in batches)
         logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
@@ -88,6 +106,7 @@ class Saving:
                 f"{tolerance:.0e} allowed; no model was written, the adapter is in "
                 f"{self.adapter_folder()}"
             )
+        return merged
 
     def adapter_folder(self) -> Path:
         """Where the adapter of the stage that is being saved goes."""
@@ -102,12 +121,15 @@ class Saving:
     def say_what_was_left(self) -> None:
         """The last lines of the log: the files to take away."""
         folder, name = Path(self.args.model_dir), self.args.name
+        plain = get_method(self.config.method).mergeable
+        model = "merged, a plain MACE model" if plain else "with gates: loading it needs mace_lora"
+        compiled = "the same as TorchScript, for LAMMPS"
         files = {
             f"{name}{stage}{kind}": meaning
             for stage in ("", "_stagetwo")
             for kind, meaning in (
-                (".model", "merged, a plain MACE model"),
-                ("_compiled.model", "the same as TorchScript, for LAMMPS"),
+                (".model", model),
+                ("_compiled.model", compiled if plain else f"{compiled}; needs mace-torch alone"),
                 ("_adapter", "the adapter alone"),
             )
         }

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
 from mace_lora.fingerprint import fingerprint
 from mace_lora.host import checks, models, upstream
@@ -171,6 +172,9 @@ class Session:
             with torch.random.fork_rng():  # so that the adapters start as without conversion
                 model = upstream.original(key)(deepcopy(model), device=args.device)
         report = inject(model, self.config)
+        banner = get_method(self.config.method).banner(self.config.options)
+        if banner:
+            logging.info(banner)
         options = ", ".join(f"{k}={v}" for k, v in self.config.options.to_json().items())
         logging.info(f"Adapter {self.config.method} ({options})\n{report}")
         return model
