@@ -7,6 +7,7 @@ import torch
 import zoo
 
 from mace_lora import AdapterConfig, inject, merge
+from mace_lora.adapters.registry import METHODS
 from mace_lora.blocks import find_sites
 from mace_lora.host.models import frames_to_batch
 from mace_lora.injection import adapters
@@ -23,12 +24,14 @@ from mace_lora.testing import (
 KINDS = sorted(zoo.available())
 
 
-@pytest.mark.parametrize("targets", ["default", "all"])
+@pytest.mark.parametrize(
+    ("method", "targets"), [("lora", "default"), *((method, "all") for method in sorted(METHODS))]
+)
 @pytest.mark.parametrize("name", KINDS)
-def test_inject_train_merge(build, frames, name, targets):
+def test_inject_train_merge(build, frames, name, method, targets):
     model = build(name)
     before = outputs(model, frames)
-    inject(model, AdapterConfig.create("lora", targets=(targets,)))
+    inject(model, AdapterConfig.create(method, targets=(targets,)))
     assert worst(before, outputs(model, frames)) <= 1e-12
 
     list(train(model, frames_to_batch(frames, model), steps=2))
@@ -38,7 +41,7 @@ def test_inject_train_merge(build, frames, name, targets):
     randomise_(model)
     adapted = outputs(model, frames)
     assert worst(trained, adapted) > 1e-6
-    merged = merge(deepcopy(model))
+    merged = merge(deepcopy(model), keep_gates=True)
     assert worst(adapted, outputs(merged, frames)) <= TOLERANCE[torch.float64]
 
 
