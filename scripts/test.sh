@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check the style and run the whole test suite, in an environment of its own (.venv, or $VENV).
-# Arguments go to pytest: scripts/test.sh -m "not slow"
+# Arguments go to pytest: scripts/test.sh -m "not slow". WORKERS=1 runs one test at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -8,4 +8,4 @@ make_environment "${VENV:-.venv}" test
 
 ruff check .
 ruff format --check .
-python -m pytest -q --durations=10 "$@"
+python -m pytest -q -n "${WORKERS:-2}" --dist loadscope --durations=10 "$@"
