@@ -13,14 +13,23 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterConfig": "mace_lora.config",
     "InjectionReport": "mace_lora.report",
+    "MaceLoraCalculator": "mace_lora.calculator",
     "MaceLoraError": "mace_lora.errors",
+    "adapter_parameters": "mace_lora.injection",
+    "combine_adapters": "mace_lora.switching",
+    "disable_adapter": "mace_lora.switching",
+    "extract": "mace_lora.extraction",
     "inject": "mace_lora.injection",
     "inject_lora": "mace_lora.api",
     "load_adapter": "mace_lora.api",
     "load_foundation": "mace_lora.api",
     "merge": "mace_lora.merging",
     "merge_lora_weights": "mace_lora.api",
+    "print_trainable_parameters": "mace_lora.switching",
     "save_adapter": "mace_lora.api",
+    "set_adapter": "mace_lora.switching",
+    "unload": "mace_lora.merging",
+    "unmerge": "mace_lora.extraction",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -1,6 +1,9 @@
-"""Fold adapters into the weights they change, and leave a model of plain layers."""
+"""Fold adapters into the weights they change, or take them off, and leave a model of plain layers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +13,22 @@ from mace_lora.errors import NotMergeable
 from mace_lora.injection import adapters
 
 
-def merge(model: torch.nn.Module, keep_gates: bool = False) -> torch.nn.Module:
+@dataclass(frozen=True)
+class Change:
+    """An adapted weight: as it was, and as it takes effect."""
+
+    name: str
+    original: torch.Tensor
+    effective: torch.Tensor
+
+    @property
+    def update(self) -> torch.Tensor:
+        return self.effective - self.original
+
+
+def merge(
+    model: torch.nn.Module, keep_gates: bool = False, scale: float = 1.0
+) -> torch.nn.Module:
     """Write the effective weights down and remove the adapters, in place.
 
     Afterwards every module is of its original class, and every parameter has `requires_grad`.
@@ -20,6 +38,8 @@ def merge(model: torch.nn.Module, keep_gates: bool = False) -> torch.nn.Module:
         model: carries adapters.
         keep_gates: leave adapters that depend on the input in place and merge the others; without
             it they are an error.
+        scale: each weight becomes original + scale (effective - original): 1 is the adapter as it
+            was trained, 0.5 half of it, 0 the model without it.
 
     Returns:
         `model` itself.
@@ -27,38 +47,74 @@ def merge(model: torch.nn.Module, keep_gates: bool = False) -> torch.nn.Module:
     Raises:
         NotMergeable: an adapter depends on the input; `model` is left as it was.
     """
+    if not keep_gates or scale != 1.0:
+        check_mergeable(model)
+
+    def written(change: Change) -> torch.Tensor:
+        return change.effective if scale == 1.0 else change.original + scale * change.update
+
+    return _without_adapters(model, written)
+
+
+def unload(model: torch.nn.Module) -> torch.nn.Module:
+    """Remove the adapters, in place, and leave the weights as they were before the injection.
+
+    Every module is of its original class again, every parameter has `requires_grad`.
+    """
+    take_gates(model)
+    return _without_adapters(model, lambda change: change.original)
+
+
+def check_mergeable(model: torch.nn.Module) -> None:
+    """Raises NotMergeable where an adapter depends on the input."""
     stuck = [name for name, adapter in adapters(model) if not adapter.mergeable]
-    if stuck and not keep_gates:
+    if stuck:
         raise NotMergeable(
             f"{len(stuck)} adapters depend on the input and can't be merged, {stuck[0]} the first; "
             "merge(model, keep_gates=True) merges the others; loading the result needs mace_lora"
         )
-    for module in list(model.modules()):
-        # not parametrize.is_parametrized: the property must be ours alone to remove
-        if "parametrizations" in module._modules:
-            _write_effective_weights(module)
-    for parameter in model.parameters():
-        parameter.requires_grad = True
-    return model
 
 
 @torch.no_grad()
-def _write_effective_weights(module: torch.nn.Module) -> None:
-    """Turn a parametrised module back into one of its own class, with the effective weights.
+def changes(model: torch.nn.Module) -> Iterator[Change]:
+    """Every adapted weight of `model`, in model order; gates on outputs have none."""
+    for path, module in model.named_modules():
+        for tensor, change in _changes(module):
+            yield Change(f"{path}.{tensor}".removesuffix(".weight"), *change)
+
+
+def _changes(module: torch.nn.Module) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    # not parametrize.is_parametrized: the property must be ours alone to remove
+    if "parametrizations" in module._modules:
+        for tensor, chain in module.parametrizations.items():
+            yield tensor, (chain.original, getattr(module, tensor).detach())
+
+
+@torch.no_grad()
+def _without_adapters(
+    model: torch.nn.Module, written: Callable[[Change], torch.Tensor]
+) -> torch.nn.Module:
+    """Turn parametrised modules back into ones of their own class, with the weights `written`.
 
     `parametrize.remove_parametrizations` also deletes the property from the generated class, which
     copies of the module share: they would lose their weights. Changing the class of this one module
     leaves them alone.
     """
-    tensors = list(module.parametrizations)
-    effective = {name: getattr(module, name).detach().clone() for name in tensors}
-    originals = {name: module.parametrizations[name].original for name in tensors}
-    del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
-    for name in tensors:
-        parameter = originals[name]
-        parameter.data = effective[name]
-        module.register_parameter(name, parameter)
+    for module in list(model.modules()):
+        new = {name: (pair[0], written(Change(name, *pair))) for name, pair in _changes(module)}
+        if not new:
+            continue
+        del module._modules["parametrizations"]
+        module.__class__ = type(module).__bases__[0]
+        for name, (original, values) in new.items():
+            if isinstance(original, torch.nn.Parameter):
+                original.data = values.detach().clone()
+                module.register_parameter(name, original)
+            else:
+                module.register_buffer(name, values.detach().clone())
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    return model
 
 
 def take_gates(model: torch.nn.Module) -> dict[str, OutputAdapter]:

@@ -92,6 +92,17 @@ class Adapter(torch.nn.Module):
         """What the user should know about this layer, such as a capped rank; or nothing."""
         return ""
 
+    def fit(self, update: torch.Tensor) -> None:
+        """Set the factors so that the weight changes by `update`, or as nearly as they can.
+
+        Raises:
+            ConfigError: the method has no such best adapter in closed form.
+        """
+        raise ConfigError(
+            f"no best {type(self).__name__} adapter of a given update can be computed; "
+            "use lora or elora"
+        )
+
     @classmethod
     def banner(cls, options: AdapterOptions) -> str:
         """A line for the log when a run starts, or nothing."""

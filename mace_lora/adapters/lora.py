@@ -16,7 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mace_lora.adapters.low_rank import LowRank, LowRankOptions, blocks_of_groups, group_parts
+from mace_lora.adapters.low_rank import (
+    LowRank,
+    LowRankOptions,
+    blocks_of_groups,
+    group_parts,
+    groups_of_blocks,
+)
 from mace_lora.blocks import WeightLayout
 
 
@@ -35,3 +41,6 @@ class Lora(LowRank):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.layout.join(blocks_of_groups(self.layout, self.updates()))
+
+    def fit(self, update: torch.Tensor) -> None:
+        self.fit_parts(groups_of_blocks(self.layout, self.layout.split(update)))

@@ -109,6 +109,18 @@ class LowRank(Adapter):
         """The update of each part: (rows, cols)."""
         return [(a @ b) * part.scale for a, b, part in zip(self.A, self.B, self.parts, strict=True)]
 
+    @torch.no_grad()
+    def fit_parts(self, matrices: Sequence[torch.Tensor]) -> None:
+        """The best factors for an update given as a (rows, cols) matrix per part, by SVD."""
+        for a, b, part, matrix in zip(self.A, self.B, self.parts, matrices, strict=True):
+            rank = min(a.shape[1], *matrix.shape)
+            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+            root = s[:rank].sqrt()
+            a.zero_()
+            b.zero_()
+            a[:, :rank] = u[:, :rank] * root
+            b[:rank] = root[:, None] * v[:rank] / part.scale
+
     def notes(self) -> str:
         capped = [
             f"{part.label}: {part.rows} -> {part.cols} uses rank {a.shape[1]}"
@@ -151,6 +163,14 @@ def blocks_of_groups(layout: WeightLayout, matrices: list[torch.Tensor]) -> list
     ]
 
 
+def groups_of_blocks(layout: WeightLayout, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inverse of `blocks_of_groups`; zero where a group has no path."""
+    found = [matrices[0].new_zeros(group.rows, group.cols) for group in layout.groups]
+    for b, matrix in zip(layout.blocks, matrices, strict=True):
+        found[b.group][b.row : b.row + b.rows, b.col : b.col + b.cols] = matrix
+    return found
+
+
 class PathUpdate(LowRank):
     """ELoRA's update: A and B for every path of a layer, added before its normalisation.
 
@@ -171,6 +191,9 @@ class PathUpdate(LowRank):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.layout.join(self.updates())
+
+    def fit(self, update: torch.Tensor) -> None:
+        self.fit_parts(self.layout.split(update))
 
 
 def path_update(
@@ -196,6 +219,10 @@ class FullUpdate(Adapter):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.D
+
+    @torch.no_grad()
+    def fit(self, update: torch.Tensor) -> None:
+        self.D.copy_(update)
 
     def notes(self) -> str:
         return "trained in full"

@@ -32,7 +32,10 @@ def is_ours(name: str) -> bool:
 
 
 def load(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    flag: str = "foundation_model",
 ) -> torch.nn.Module:
     """A foundation model: `mini`, one that mace-torch knows by name, or a `.model` file.
 
@@ -40,6 +43,7 @@ def load(
         name: a name or a path. A file is a pickle, which can run code: open only those you trust.
         device: where to put it.
         dtype: cast to this precision; None keeps the file's.
+        flag: what messages call it.
 
     Raises:
         FoundationModelError: no such file or name, or the file holds no MACE model.
@@ -47,7 +51,7 @@ def load(
     if name == MINI:
         model = mini.build(dtype)
     elif is_ours(name):
-        model = _load_file(name, device)
+        model = _load_file(name, device, flag)
     else:
         model = _load_named(name, device, dtype or torch.float64)
     model = model.to(device)
@@ -66,23 +70,23 @@ def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> to
     return upstream.original("mace_mp")(model=name, **keywords).models[0]
 
 
-def _load_file(name: str, device: str | torch.device) -> torch.nn.Module:
+def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
     path = Path(name).expanduser()
     if not path.is_file():
         raise FoundationModelError(
-            f"--foundation_model={name}: there is no such file, and no model of that name; "
+            f"--{flag}={name}: there is no such file, and no model of that name; "
             f"{did_you_mean(name, [MINI, *upstream_names()])}"
         )
     try:
         model = torch.load(path, map_location=device, weights_only=False)
     except Exception as error:  # whatever unpickling a foreign file raises
         raise FoundationModelError(
-            f"--foundation_model={name}: the file can't be read as a model "
+            f"--{flag}={name}: the file can't be read as a model "
             f"({type(error).__name__}: {error}); expected a .model file saved by MACE"
         ) from error
     problem = _not_a_mace_model(model)
     if problem:
-        raise FoundationModelError(f"--foundation_model={name}: {problem}")
+        raise FoundationModelError(f"--{flag}={name}: {problem}")
     return model
 
 

@@ -1,0 +1,105 @@
+"""An ASE calculator for a base model with adapters, which are swapped without reloading the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import ase
+import torch
+from ase.calculators.calculator import Calculator, all_changes
+
+from mace_lora.api import load_adapter
+from mace_lora.errors import ConfigError
+from mace_lora.host import models, upstream
+from mace_lora.injection import adapters
+from mace_lora.merging import merge
+
+Choice = str | Path | Sequence[str | Path] | None
+
+
+class MaceLoraCalculator(Calculator):
+    """Energies (eV), forces (eV/A), stress (eV/A^3): what `MACECalculator` gives on merged models.
+
+    Args:
+        base: the foundation model, `mini`, or a `.model` file; it is read once.
+        adapter: a directory, or several for a committee (mean, and `energy_var`, `forces_comm`,
+            `stress_var` among the results), or None for the base model itself.
+        device: cpu, cuda, ...
+        default_dtype: float32 or float64; nothing for the precision of the adapter's run.
+        keywords: for `MACECalculator`: head, enable_cueq, compile_mode, ...
+
+    Raises:
+        ArtefactError: an adapter is broken or belongs to another base.
+        ConfigError: the adapters of a committee are for different elements or heads.
+
+    `set_adapter` chooses another adapter later; those used before are kept, so that going back and
+    forth costs nothing.
+    """
+
+    def __init__(
+        self,
+        base: torch.nn.Module | str,
+        adapter: Choice = None,
+        device: str = "cpu",
+        default_dtype: str = "",
+        **keywords: Any,
+    ) -> None:
+        super().__init__()
+        self.base = models.load(base, device, flag="base") if isinstance(base, str) else base
+        self._settings = {"device": device, "default_dtype": default_dtype, **keywords}
+        self._merged: dict[Path | None, torch.nn.Module] = {}
+        self._calculators: dict[tuple[Path | None, ...], Calculator] = {}
+        self.set_adapter(adapter)
+
+    def set_adapter(self, adapter: Choice) -> None:
+        """Use another adapter, a committee of several, or None: the base model itself."""
+        single = adapter is None or isinstance(adapter, (str, Path))
+        key = tuple(
+            None if a is None else Path(a).resolve() for a in ([adapter] if single else adapter)
+        )
+        if not key:
+            raise ConfigError("a committee without adapters: give one or more, or None")
+        if key not in self._calculators:
+            committee = [self._model(folder) for folder in key]
+            _check_committee(committee, key)
+            calculator = upstream.module("mace.calculators").MACECalculator
+            self._calculators[key] = calculator(models=committee, **self._settings)
+        self._current = self._calculators[key]
+        self.adapter = adapter
+        self.implemented_properties = list(self._current.implemented_properties)
+        self.reset()
+
+    def _model(self, folder: Path | None) -> torch.nn.Module:
+        if folder not in self._merged:
+            if folder is None:
+                model = deepcopy(self.base)
+            else:
+                model = load_adapter(self.base, folder)
+                if all(adapter.mergeable for _, adapter in adapters(model)):
+                    merge(model)
+            self._merged[folder] = model
+        return self._merged[folder]
+
+    def calculate(
+        self,
+        atoms: ase.Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Called by ASE."""
+        super().calculate(atoms, properties, system_changes)
+        self._current.calculate(self.atoms, properties, system_changes)
+        self.results = dict(self._current.results)
+
+
+def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:
+    places = [(m.atomic_numbers.tolist(), list(getattr(m, "heads", []))) for m in committee]
+    for place, folder in zip(places, key, strict=True):
+        if place != places[0]:
+            raise ConfigError(
+                f"{key[0]} and {folder} can't be a committee: their elements and heads are "
+                f"{places[0]} and {place}"
+            )

@@ -1,0 +1,162 @@
+"""Live with several adapters of one base model: switch, disable, remove, combine, count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mace_lora import artefact
+from mace_lora.api import load_adapter
+from mace_lora.errors import ArtefactError, ConfigError
+from mace_lora.fingerprint import fingerprint
+from mace_lora.injection import adapters, inject
+from mace_lora.merging import changes, check_mergeable, unload
+
+_CONSTANTS = ("atomic_energies", "scale", "shift")
+
+
+def set_adapter(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
+    """Put the adapter in `folder` in the place of the one that `model` carries, in place.
+
+    Args:
+        model: as `load_adapter` gave it for another adapter of the same base and elements (with or
+            without that adapter: see `unload`).
+        folder: written by `save_adapter` or by a training run.
+
+    Returns:
+        `model` itself; its own weights are the same tensors as before.
+
+    Raises:
+        ArtefactError: the directory is broken, or its run started from another model; `model` is
+            left as it was.
+    """
+    from mace_lora.host import models
+
+    content = artefact.read(folder)
+    found, asked = fingerprint(model), content.model["fingerprint"]
+    if found != asked or not _same_places(models.describe(model), content.model):
+        raise ArtefactError(
+            f"{folder} does not fit this model: it started from a model of elements "
+            f"{content.model['atomic_numbers']}, heads {content.model['heads']}, fingerprint "
+            f"{asked[:12]}, and this one has {models.describe(model)['atomic_numbers']}, "
+            f"{models.describe(model)['heads']}, {found[:12]}; "
+            "load it with load_adapter(base, folder)"
+        )
+    unload(model)
+    models.restore_constants(model, content.model)
+    inject(model, content.config)
+    artefact.load_factors(model, content.tensors)
+    return model
+
+
+def _same_places(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("atomic_numbers", "heads"))
+
+
+@contextmanager
+def disable_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Within the block, `model` predicts as before the injection; its adapters stay attached.
+
+    E0s, scale and shift stay those of the adapter's run.
+    """
+    hooks = [
+        # the last input is what an adapter changes: a weight, or the output of a layer
+        adapter.register_forward_hook(lambda _, inputs, output: inputs[-1])
+        for _, adapter in adapters(model)
+    ]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def combine_adapters(
+    base: torch.nn.Module | str, weights: Mapping[str | Path, float]
+) -> torch.nn.Module:
+    """A plain model: the base plus the weighted sum of the updates of several adapters.
+
+    Each weight of the model becomes W + sum_i w_i (W_i - W) with W_i as adapter i has it. E0s,
+    scale and shift, where the runs differ in them, become their mean weighted by w_i. To have the
+    result as an adapter again, give it to `extract`.
+
+    Args:
+        base: the foundation model that all of them were trained from; it is not changed.
+        weights: adapter directories and their weights.
+
+    Raises:
+        ConfigError: no adapters, or weights that sum to zero where E0s, scale or shift differ.
+        ArtefactError: an adapter is of another base, or has other elements or heads.
+        NotMergeable: an adapter depends on the input.
+    """
+    from mace_lora.host import models
+
+    if not weights:
+        raise ConfigError("no adapters to combine: give a table of directories and weights")
+    model, sums, descriptions = None, {}, []
+    for folder, weight in weights.items():
+        other = load_adapter(base, folder)
+        check_mergeable(other)
+        descriptions.append((weight, models.describe(other)))
+        for change in changes(other):
+            previous = sums.get(change.name, 0.0)
+            sums[change.name] = previous + weight * change.update.detach()
+        unload(other)
+        if model is None:
+            model, first = other, folder
+        elif fingerprint(other) != fingerprint(model) or not _same_places(
+            descriptions[0][1], descriptions[-1][1]
+        ):
+            raise ArtefactError(
+                f"{first} and {folder} can't be combined: their runs started from models with "
+                "different elements, heads or weights"
+            )
+    _add(model, sums)
+    models.restore_constants(model, _mean_constants(descriptions))
+    return model
+
+
+@torch.no_grad()
+def _add(model: torch.nn.Module, updates: Mapping[str, torch.Tensor]) -> None:
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    for name, update in updates.items():
+        tensor = tensors[name] if name in tensors else tensors[f"{name}.weight"]
+        tensor.add_(update.to(tensor))
+
+
+def _mean_constants(descriptions: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    mean = {}
+    total = sum(weight for weight, _ in descriptions)
+    for key in _CONSTANTS:
+        values = [d[key] for _, d in descriptions]
+        if all(v == values[0] for v in values):
+            mean[key] = values[0]
+        elif total == 0:
+            raise ConfigError(
+                f"the runs of these adapters differ in {key}, of which a mean with weights that "
+                "sum to zero makes no sense"
+            )
+        else:
+            stacked = torch.tensor(values, dtype=torch.float64)
+            shares = torch.tensor([w for w, _ in descriptions], dtype=torch.float64) / total
+            mean[key] = torch.tensordot(shares, stacked, dims=1).tolist()
+    return mean
+
+
+def trainable_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Number of trainable parameters, and of all: those of the base and of the adapters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def print_trainable_parameters(model: torch.nn.Module) -> None:
+    """Print `trainable params: 8,386 || all params: 74,866 || trainable%: 11.20`, as PEFT does."""
+    trainable, total = trainable_parameters(model)
+    print(
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * trainable / max(1, total):.2f}"
+    )
