@@ -1,4 +1,4 @@
-"""An ASE calculator for a base model with adapters, which are swapped without reloading the base."""
+"""An ASE calculator for a base model whose adapters are swapped without reloading it."""
 
 from __future__ import annotations
 

@@ -111,9 +111,8 @@ def extract(
 def _same_shapes(start: torch.nn.Module, finetuned: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of `finetuned` by name. Raises where they aren't those of `start`."""
     own, other = base_state(start), base_state(finetuned)
-    wrong = sorted(
-        name for name in {*own, *other} if getattr(own.get(name), "shape", None) != _shape(other, name)
-    )
+    names = {*own, *other}
+    wrong = sorted(name for name in names if _shape(own, name) != _shape(other, name))
     if wrong:
         raise FoundationModelError(
             f"the fine-tuned model is no fine-tuning of the base: {len(wrong)} parameters differ "

@@ -1,4 +1,4 @@
-"""Fold adapters into the weights they change, or take them off, and leave a model of plain layers."""
+"""Fold adapters into the weights that they change, or take them off: a model of plain layers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ class Change:
         return self.effective - self.original
 
 
-def merge(
-    model: torch.nn.Module, keep_gates: bool = False, scale: float = 1.0
-) -> torch.nn.Module:
+def merge(model: torch.nn.Module, keep_gates: bool = False, scale: float = 1.0) -> torch.nn.Module:
     """Write the effective weights down and remove the adapters, in place.
 
     Afterwards every module is of its original class, and every parameter has `requires_grad`.

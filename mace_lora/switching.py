@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -97,27 +98,25 @@ def combine_adapters(
 
     if not weights:
         raise ConfigError("no adapters to combine: give a table of directories and weights")
-    model, sums, descriptions = None, {}, []
+    start, sums, descriptions = None, {}, []
     for folder, weight in weights.items():
-        other = load_adapter(base, folder)
-        check_mergeable(other)
-        descriptions.append((weight, models.describe(other)))
-        for change in changes(other):
-            previous = sums.get(change.name, 0.0)
-            sums[change.name] = previous + weight * change.update.detach()
-        unload(other)
-        if model is None:
-            model, first = other, folder
-        elif fingerprint(other) != fingerprint(model) or not _same_places(
-            descriptions[0][1], descriptions[-1][1]
+        model = load_adapter(base, folder)
+        check_mergeable(model)
+        if start is None:
+            start, first = unload(deepcopy(model)), folder
+        elif fingerprint(model) != fingerprint(start) or not _same_places(
+            models.describe(model), models.describe(start)
         ):
             raise ArtefactError(
                 f"{first} and {folder} can't be combined: their runs started from models with "
                 "different elements, heads or weights"
             )
-    _add(model, sums)
-    models.restore_constants(model, _mean_constants(descriptions))
-    return model
+        descriptions.append((weight, models.describe(model)))
+        for change in changes(model):
+            sums[change.name] = sums.get(change.name, 0.0) + weight * change.update.detach()
+    _add(start, sums)
+    models.restore_constants(start, _mean_constants(descriptions))
+    return start
 
 
 @torch.no_grad()
