@@ -156,6 +156,15 @@ def _is_list_of(values: Any, kind: type) -> bool:
     return kind is not float or all(math.isfinite(v) for v in values)
 
 
+def split_factor(name: str) -> tuple[str, str]:
+    """`<weight>.<factor>` in its two parts: factors are called `A.0`, `B.0`, `D`, `shift_bias`."""
+    head, _, last = name.rpartition(".")
+    if last.isdigit():
+        head, _, factor = head.rpartition(".")
+        last = f"{factor}.{last}"
+    return head, last
+
+
 @torch.no_grad()
 def load_factors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copy factors into the adapters of `model`: all of them, and no others.

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mace_lora.adapters.registry import METHODS, get_method
+from mace_lora.commands import COMMANDS
+from mace_lora.commands import run as run_command
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError, MaceLoraError
 
@@ -149,12 +151,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-_USAGE = """usage: mace_lora COMMAND ...
-
-commands:
-  train    fine-tune or train: the same program as mace_run_train (mace_lora train --help)
-  doctor   what is installed, what works, what doesn't, in plain words
-"""
+def _usage() -> str:
+    commands = {
+        "train": "fine-tune or train: the same program as mace_run_train",
+        **COMMANDS,
+        "doctor": "what is installed, what works, what doesn't, in plain words",
+    }
+    lines = [f"  {name:<9}{what}" for name, what in commands.items()]
+    listed = "\n".join(lines)
+    return (
+        f"usage: mace_lora COMMAND ...\n\ncommands:\n{listed}\n\n"
+        "mace_lora COMMAND --help says more, with examples\n"
+    )
 
 
 def main_tools(argv: Sequence[str] | None = None) -> None:
@@ -162,12 +170,18 @@ def main_tools(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv else "--help"
     if command in ("-h", "--help"):
-        print(_USAGE, end="")
+        print(_usage(), end="")
     elif command == "train":
         main(argv)
     elif command == "doctor":
         from mace_lora.doctor import main as doctor
 
         sys.exit(doctor(argv))
+    elif command in COMMANDS:
+        _quiet()
+        try:
+            sys.exit(run_command(command, argv))
+        except MaceLoraError as error:
+            sys.exit(f"error: {error}")
     else:
-        sys.exit(f"error: unknown command {command!r}\n{_USAGE}")
+        sys.exit(f"error: unknown command {command!r}\n{_usage()}")

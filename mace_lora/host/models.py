@@ -128,6 +128,19 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+def architecture(model: torch.nn.Module) -> dict[str, Any]:
+    """What a person wants to know of the architecture; empty where mace-torch doesn't tell it."""
+    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
+    found = {}
+    for key in ("interaction_cls_first", "interaction_cls"):
+        if key in config:
+            found[key] = config[key].__name__
+    for key in ("num_interactions", "hidden_irreps", "MLP_irreps", "max_ell", "correlation"):
+        if key in config:
+            found[key] = str(config[key])
+    return found
+
+
 def _row(values: torch.Tensor) -> list[float]:
     return [float(v) for v in values.detach().cpu().reshape(-1)]
 
@@ -204,9 +217,13 @@ def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module
 
 
 def predict(
-    model: torch.nn.Module, batches: Iterable[Any], device: str | torch.device | None = None
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    device: str | torch.device | None = None,
+    compute_stress: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Energies (eV), forces (eV/A) and whatever else of OUTPUTS the model gives, over `batches`."""
+    extra = {"compute_stress": True} if compute_stress else {}
     device = device or next(model.parameters()).device
     results: dict[str, list[torch.Tensor]] = {}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -214,7 +231,7 @@ def predict(
         for parameter in trainable:  # forces need a graph to positions, not to parameters
             parameter.requires_grad = False
         for batch in batches:
-            output = model(batch.to(device).to_dict(), training=False)
+            output = model(batch.to(device).to_dict(), training=False, **extra)
             for key in OUTPUTS:
                 if output.get(key) is not None:
                     results.setdefault(key, []).append(output[key].detach())
@@ -243,12 +260,15 @@ def batch_of(dataset: Any, n_frames: int) -> list[Any]:
     return [geometric.Batch.from_data_list(items)] if items else []
 
 
-def frames_to_batch(frames: Iterable[Any], model: torch.nn.Module, **keys: str) -> Any:
+def frames_to_batch(
+    frames: Iterable[Any], model: torch.nn.Module, head: str | None = None, **keys: str
+) -> Any:
     """ASE frames as one batch for `model`, in its precision, on its device.
 
     Args:
         frames: `ase.Atoms` with labels under mace-torch's default keys (REF_energy, REF_forces).
         model: gives elements, cutoff and heads.
+        head: of the model, the last one if None.
         keys: other names for the labels, `energy_key="energy"` for example.
     """
     data = upstream.module("mace.data")
@@ -257,10 +277,13 @@ def frames_to_batch(frames: Iterable[Any], model: torch.nn.Module, **keys: str) 
     table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
     parameter = next(model.parameters())
     heads = getattr(model, "heads", None) or ["Default"]
+    head = head or heads[-1]
     with default_dtype(parameter.dtype):
         items = [
             data.AtomicData.from_config(
-                data.config_from_atoms(atoms, key_specification=specification, head_name=heads[-1]),
+                data.config_from_atoms(
+                    atoms, key_specification=specification, head_name=head or heads[-1]
+                ),
                 z_table=table,
                 cutoff=float(model.r_max),
                 heads=heads,

@@ -1,0 +1,88 @@
+"""What several commands need: models from flags, files written whole, tables and bars."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prettytable import PrettyTable
+
+from mace_lora.errors import ConfigError
+from mace_lora.evaluation import KEYS
+from mace_lora.files import whole_file
+from mace_lora.host import models
+
+BASE_HELP = (
+    "the foundation model: mini, a name that mace-torch downloads (medium_off, ...), or a .model "
+    "file (a pickle: loading it can run code, so open only those you trust)"
+)
+
+
+def load(path: str, flag: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """A model that a flag names."""
+    return models.load(path, dtype=dtype, flag=flag)
+
+
+def save(model: torch.nn.Module, path: str) -> None:
+    """Write a model whole or not at all.
+
+    Raises:
+        ConfigError: the folder isn't there or can't be written to.
+    """
+    try:
+        with whole_file(path) as temporary:
+            torch.save(model, temporary)
+    except OSError as error:
+        raise ConfigError(f"--output={path} can't be written: {error}") from None
+
+
+def check_folder(path: str, flag: str) -> None:
+    """Raises ConfigError where a file named by a flag can't be written, before any work."""
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"--{flag}={path}: there is no folder {Path(path).resolve().parent}")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags about labelled frames."""
+    for quantity, key in KEYS.items():
+        parser.add_argument(
+            f"--{quantity}_key", default=key, help=f"name of the {quantity} (default: {key})"
+        )
+    parser.add_argument("--batch_size", type=int, default=16, help="frames at once (default: 16)")
+
+
+def keys(options: argparse.Namespace) -> dict[str, str]:
+    """The names of the labels, as `add_data_arguments` gives them."""
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch_size={options.batch_size}: 1 or more is needed")
+    return {quantity: getattr(options, f"{quantity}_key") for quantity in KEYS}
+
+
+def size(path: str | Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    path = Path(path)
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """A table in text, its first `left` columns flush left and the others flush right."""
+    # PrettyTable wants different names, and doesn't mind spaces
+    names = [name + " " * list(head)[:i].count(name) for i, name in enumerate(head)]
+    made = PrettyTable(names)
+    made.align = "r"
+    for name in names[:left]:
+        made.align[name] = "l"
+    made.add_rows([list(row) for row in rows])
+    return made.get_string()
+
+
+def bar(value: float, largest: float, width: int = 24) -> str:
+    """`value` as a bar of blocks, `largest` as the full width."""
+    if not largest > 0:
+        return ""
+    eighths = round(8 * width * value / largest)
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]

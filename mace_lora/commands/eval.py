@@ -1,0 +1,114 @@
+"""Errors of a model, and of adapters on it, on labelled frames.
+
+A table per file: all frames, each configuration type, each element, with a column per model. A
+second file shows what fine-tuning has made the model forget: frames of the kind that the base model
+was trained on. Energies in meV per atom, forces in meV/Å, stress in meV/Å³.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mace_lora.api import load_adapter
+from mace_lora.commands import common
+from mace_lora.errors import ConfigError
+from mace_lora.evaluation import UNITS, Frames, Values, as_json, errors, predict, read_frames
+from mace_lora.pictures import parity
+
+EXAMPLES = """\
+  mace_lora eval --model ethanol.model --data test.xyz
+  mace_lora eval --model mini --adapter lora_adapter dora_adapter --data test.xyz \\
+      --forgetting other_molecules.xyz --picture parity.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=common.BASE_HELP)
+    parser.add_argument(
+        "--adapter", nargs="+", default=[], help="adapter directories of this model"
+    )
+    parser.add_argument("--data", required=True, help="labelled frames, in extended xyz")
+    parser.add_argument("--forgetting", help="a second file, to see what was forgotten")
+    parser.add_argument("--picture", help="a PNG of predictions against labels, to write")
+    parser.add_argument(
+        "--metric", choices=["mae", "rmse"], default="mae", help="in the table (default: mae)"
+    )
+    parser.add_argument(
+        "--group_by",
+        default="config_type",
+        help="the key of a frame that says its configuration type (default: config_type)",
+    )
+    parser.add_argument("--head", help="the head of the model, where it has several")
+    common.add_data_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    paths = [options.data, *([options.forgetting] if options.forgetting else [])]
+    files = [read_frames(p, common.keys(options), options.group_by) for p in paths]
+    if options.picture:
+        common.check_folder(options.picture, "picture")
+    predictions: list[dict[str, Values]] = [{} for _ in files]
+    for name, model in _models(options).items():
+        for frames, values in zip(files, predictions, strict=True):
+            values[name] = predict(model, frames, options.batch_size, options.head)
+    if options.picture:
+        parity(list(zip(files, predictions, strict=True)), options.picture)
+    return {
+        "units": UNITS,
+        "metric": options.metric,
+        "picture": options.picture,
+        "files": [
+            _result(path, frames, values)
+            for path, frames, values in zip(paths, files, predictions, strict=True)
+        ],
+    }
+
+
+def _models(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
+    """The model and the adapted ones, by the names of their files."""
+    found = {Path(options.model).stem: common.load(options.model, "model")}
+    for folder in options.adapter:
+        name = Path(folder).resolve().name
+        if name in found:
+            name = str(folder)
+        if name in found:
+            raise ConfigError(f"--adapter names {folder} twice")
+        found[name] = load_adapter(options.model, folder)
+    return found
+
+
+def _result(path: str, frames: Frames, values: dict[str, Values]) -> dict[str, Any]:
+    return {
+        "path": path,
+        "frames": len(frames.atoms),
+        "models": {name: as_json(errors(frames, v)) for name, v in values.items()},
+    }
+
+
+def text(data: dict[str, Any]) -> str:
+    parts = []
+    for file in data["files"]:
+        parts.append(f"{file['path']}: {file['frames']} frames, {data['metric'].upper()}")
+        parts.append(_table(file["models"], data["metric"]))
+    if data["picture"]:
+        parts.append(f"picture: {data['picture']}")
+    return "\n".join(parts)
+
+
+def _table(results: dict[str, list[dict[str, Any]]], metric: str) -> str:
+    names = list(results)
+    quantities = [q for q in UNITS if any(q in row[metric] for row in results[names[0]])]
+    head = ["", "", "count"]
+    head += [f"{name}\n{q}, {UNITS[q]}" for q in quantities for name in names]
+    rows = []
+    for i, row in enumerate(results[names[0]]):
+        part = {"all": "", "group": "type", "element": "element"}[row["part"]]
+        cells = [results[n][i][metric].get(q) for q in quantities for n in names]
+        rows.append(
+            [part, row["name"], row["count"], *("" if c is None else f"{c:.2f}" for c in cells)]
+        )
+    return common.table(head, rows, left=2)

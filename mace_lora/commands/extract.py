@@ -1,0 +1,104 @@
+"""Make a low-rank adapter of a fully fine-tuned model.
+
+The change of each weight is cut to a low rank by a singular value decomposition per irrep (lora) or
+per path (elora): no adapter of that rank is closer, in the Frobenius norm. Printed is what it
+leaves of each change, and with --data the errors of base, fine-tuned model and adapter on labelled
+frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mace_lora.api import load_adapter
+from mace_lora.commands import common
+from mace_lora.config import AdapterConfig
+from mace_lora.evaluation import UNITS, errors, predict, read_frames
+from mace_lora.extraction import extract
+
+EXAMPLES = """\
+  mace_lora extract --base mini --finetuned full.model --rank 8 --output full_adapter
+  mace_lora extract --base mini --finetuned full.model --rank 8 --output full_adapter \\
+      --data test.xyz
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help=common.BASE_HELP)
+    parser.add_argument("--finetuned", required=True, help="the fully fine-tuned .model file")
+    parser.add_argument("--output", required=True, help="the adapter directory to write")
+    parser.add_argument("--rank", type=int, default=4, help="rank of the adapter (default: 4)")
+    parser.add_argument(
+        "--method",
+        choices=["lora", "elora"],
+        default="lora",
+        help="lora: one decomposition per irrep of a layer; elora: one per path (default: lora)",
+    )
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=["all"],
+        help="layers to adapt, as in --lora_targets (default: all)",
+    )
+    parser.add_argument("--head", help="the head of the base model, where it has several")
+    parser.add_argument("--data", help="labelled frames to measure the error on")
+    common.add_data_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    config = AdapterConfig.create(
+        options.method,
+        rank=options.rank,
+        alpha=float(options.rank),
+        targets=tuple(options.targets),
+    )
+    finetuned = common.load(options.finetuned, "finetuned")
+    dtype = next(finetuned.parameters()).dtype
+    frames = read_frames(options.data, common.keys(options)) if options.data else None
+    found = extract(options.base, finetuned, config, options.head)
+    found.save(options.output)
+    result: dict[str, Any] = {
+        "output": options.output,
+        "bytes": common.size(options.output),
+        "method": options.method,
+        "rank": options.rank,
+        "layers": [vars(layer) for layer in found.layers],
+    }
+    if frames is not None:
+        models_by_name = {
+            "base": common.load(options.base, "base", dtype),
+            "fine-tuned": finetuned,
+            "adapter": load_adapter(options.base, options.output),
+        }
+        result["data"] = options.data
+        result["errors"] = {
+            name: errors(frames, predict(model, frames, options.batch_size))[0].mae
+            for name, model in models_by_name.items()
+        }
+    return result
+
+
+def text(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            layer["name"],
+            f"{100 * layer['change']:.2f} %",
+            f"{100 * layer['error']:.1f} %",
+            common.bar(layer["error"], 1.0, 16).ljust(16) if layer["adapted"] else "no adapter",
+        ]
+        for layer in data["layers"]
+        if layer["change"] > 0
+    ]
+    lines = [
+        common.table(["weight", "|change| / |W|", "left by the adapter", ""], rows),
+        f"{data['output']}: {data['method']} of rank {data['rank']}, {data['bytes'] / 1e3:.1f} KB",
+    ]
+    if "errors" in data:
+        table = [
+            [name, *(f"{mae[q]:.2f}" if q in mae else "" for q in UNITS)]
+            for name, mae in data["errors"].items()
+        ]
+        head = [f"MAE on {data['data']}", *(f"{q} ({unit})" for q, unit in UNITS.items())]
+        lines.append(common.table(head, table))
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Take an adapter out of a model that it was merged into.
+
+The result is the model that the training run started from: the base model with the run's elements
+and E0s. Its fingerprint is compared with the one in the adapter's adapter_config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mace_lora.commands import common
+from mace_lora.extraction import unmerge
+
+EXAMPLES = """\
+  mace_lora unmerge --model ethanol.model --adapter ethanol_adapter --output start.model
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the merged .model file")
+    parser.add_argument("--adapter", required=True, help="the adapter that was merged into it")
+    parser.add_argument("--output", required=True, help="the .model file to write")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    model, exact = unmerge(common.load(options.model, "model"), options.adapter)
+    common.save(model, options.output)
+    return {
+        "output": options.output,
+        "bytes": common.size(options.output),
+        "fingerprint_matches": exact,
+    }
+
+
+def text(data: dict[str, Any]) -> str:
+    lines = [f"{data['output']}: {data['bytes'] / 1e6:.2f} MB"]
+    if data["fingerprint_matches"]:
+        lines.append("its weights are exactly those that the adapter's run started from")
+    else:
+        lines.append(
+            "its weights are not to the last bit those that the adapter's run started from: "
+            "rounding (runs in float32), or the adapter was not merged into this model; "
+            "compare it with the base by mace_lora eval"
+        )
+    return "\n".join(lines)

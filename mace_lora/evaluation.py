@@ -1,0 +1,210 @@
+"""Errors of a model on labelled frames: energies, forces and stress, by group and by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from ase.stress import voigt_6_to_full_3x3_stress
+
+from mace_lora.errors import DataError
+from mace_lora.host import models
+
+KEYS = {"energy": "REF_energy", "forces": "REF_forces", "stress": "REF_stress"}
+UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
+NO_GROUP = "none"
+
+
+@dataclass(frozen=True)
+class Values:
+    """Labels or predictions; NaN where a frame has no label.
+
+    Attributes:
+        energy: (n_frames,), eV per atom.
+        forces: (n_atoms, 3), eV/A, the atoms of all frames one after the other.
+        stress: (n_frames, 3, 3), eV/A^3.
+    """
+
+    energy: np.ndarray
+    forces: np.ndarray
+    stress: np.ndarray
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Labelled frames.
+
+    Attributes:
+        name: of the file.
+        atoms: the frames.
+        labels: what a model should predict for them.
+        numbers: (n_atoms,), atomic numbers.
+        groups: (n_frames,), the configuration type of each frame.
+    """
+
+    name: str
+    atoms: list[ase.Atoms]
+    labels: Values
+    numbers: np.ndarray
+    groups: np.ndarray
+
+    @property
+    def groups_of_atoms(self) -> np.ndarray:
+        return np.repeat(self.groups, [len(a) for a in self.atoms])
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors over part of the frames.
+
+    Attributes:
+        part: "all", "group" or "element".
+        name: of the group or element.
+        count: of frames; of atoms for an element.
+        mae, rmse: by quantity, in UNITS; a quantity without labels is missing.
+    """
+
+    part: str
+    name: str
+    count: int
+    mae: dict[str, float]
+    rmse: dict[str, float]
+
+
+def read_frames(
+    path: str | Path, keys: dict[str, str] | None = None, group_by: str = "config_type"
+) -> Frames:
+    """Frames of an extended-xyz file (or whatever ASE reads) with their labels.
+
+    Args:
+        path: the file.
+        keys: names of energy, forces and stress in it, where they aren't mace-torch's.
+        group_by: the key in `atoms.info` that groups frames.
+
+    Raises:
+        DataError: no such file, not readable, empty, or without energies and forces.
+    """
+    keys = {**KEYS, **(keys or {})}
+    if not Path(path).is_file():
+        raise DataError(f"{path}: there is no such file")
+    try:
+        atoms = ase.io.read(path, index=":")
+    except Exception as error:  # ASE raises many kinds for a broken file
+        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    if not atoms:
+        raise DataError(f"{path} holds no frames")
+    labels = Values(
+        np.array([_label(a, keys["energy"], ()) / len(a) for a in atoms]),
+        np.concatenate([_label(a, keys["forces"], (len(a), 3)) for a in atoms]),
+        np.array([_label(a, keys["stress"], (3, 3)) for a in atoms]),
+    )
+    if np.isnan(labels.energy).all() and np.isnan(labels.forces).all():
+        found = sorted({*atoms[0].info, *atoms[0].arrays} - {"numbers", "positions"})
+        raise DataError(
+            f"{path} has no energies under {keys['energy']!r} and no forces under "
+            f"{keys['forces']!r}; its keys are {', '.join(found)}: name them with --energy_key "
+            "and --forces_key"
+        )
+    groups = np.array([str(a.info.get(group_by, NO_GROUP)) for a in atoms])
+    numbers = np.concatenate([a.numbers for a in atoms])
+    return Frames(Path(path).name, atoms, labels, numbers, groups)
+
+
+def _label(atoms: ase.Atoms, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The label under `key`; ASE keeps those called energy, forces and stress in a calculator."""
+    value = atoms.info.get(key, atoms.arrays.get(key))
+    if value is None and atoms.calc is not None:
+        value = atoms.calc.results.get(key)
+    if value is None:
+        return np.full(shape, np.nan)
+    value = np.asarray(value, dtype=float)
+    if shape == (3, 3) and value.shape == (6,):
+        return voigt_6_to_full_3x3_stress(value)
+    if value.size != int(np.prod(shape)):
+        raise DataError(f"a label {key!r} has shape {value.shape}, expected {shape}")
+    return value.reshape(shape)
+
+
+def predict(
+    model: torch.nn.Module, frames: Frames, batch_size: int = 16, head: str | None = None
+) -> Values:
+    """What `model` predicts for `frames`; stress where it has labels.
+
+    Raises:
+        DataError: a frame has an element that the model doesn't know; no energies come out of it.
+    """
+    known = {int(z) for z in model.atomic_numbers}
+    for i, atoms in enumerate(frames.atoms):
+        unknown = sorted({int(z) for z in atoms.numbers} - known)
+        if unknown:
+            names = [chemical_symbols[z] for z in unknown]
+            raise DataError(
+                f"{frames.name}, frame {i} holds {', '.join(names)}; the model knows "
+                f"{', '.join(chemical_symbols[z] for z in sorted(known))}"
+            )
+    want_stress = bool(np.isfinite(frames.labels.stress).any())
+    batches = (
+        models.frames_to_batch(frames.atoms[i : i + batch_size], model, head=head)
+        for i in range(0, len(frames.atoms), batch_size)
+    )
+    found = models.predict(model, batches, compute_stress=want_stress)
+    if "energy" not in found or "forces" not in found:
+        raise DataError(f"a {type(model).__name__} predicts no energies and forces to compare")
+    sizes = np.array([len(a) for a in frames.atoms])
+    stress = np.full((len(sizes), 3, 3), np.nan)
+    if want_stress and "stress" in found:
+        stress = found["stress"].cpu().double().numpy()
+    energy = found["energy"].cpu().double().numpy() / sizes
+    return Values(energy, found["forces"].cpu().double().numpy(), stress)
+
+
+def errors(frames: Frames, predicted: Values) -> list[Errors]:
+    """Over all frames, per group where there are several, and per element (forces alone)."""
+    everything = np.ones(len(frames.atoms), dtype=bool)
+    rows = [_errors(frames, predicted, "all", "all", everything)]
+    groups = sorted(set(frames.groups))
+    if groups != [frames.groups[0]] or frames.groups[0] != NO_GROUP:
+        rows += [_errors(frames, predicted, "group", g, frames.groups == g) for g in groups]
+    for z in sorted(set(frames.numbers)):
+        mine = frames.numbers == z
+        difference = predicted.forces[mine] - frames.labels.forces[mine]
+        mae, rmse = _statistics({"forces": difference})
+        rows.append(Errors("element", chemical_symbols[z], int(mine.sum()), mae, rmse))
+    return rows
+
+
+def _errors(frames: Frames, predicted: Values, part: str, name: str, mine: np.ndarray) -> Errors:
+    of_atoms = np.repeat(mine, [len(a) for a in frames.atoms])
+    mae, rmse = _statistics(
+        {
+            "energy": (predicted.energy - frames.labels.energy)[mine],
+            "forces": (predicted.forces - frames.labels.forces)[of_atoms],
+            "stress": (predicted.stress - frames.labels.stress)[mine],
+        }
+    )
+    return Errors(part, name, int(mine.sum()), mae, rmse)
+
+
+def _statistics(
+    differences: dict[str, np.ndarray],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """MAE and RMSE by quantity, in UNITS, over what is labelled."""
+    mae, rmse = {}, {}
+    for quantity, values in differences.items():
+        values = 1e3 * values[np.isfinite(values)]
+        if values.size:
+            mae[quantity] = float(np.abs(values).mean())
+            rmse[quantity] = float(np.sqrt((values**2).mean()))
+    return mae, rmse
+
+
+def as_json(rows: Sequence[Errors]) -> list[dict[str, Any]]:
+    """Plain data, with the units in the keys' place: see UNITS."""
+    return [vars(row) for row in rows]
