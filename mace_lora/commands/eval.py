@@ -92,7 +92,8 @@ def _result(path: str, frames: Frames, values: dict[str, Values]) -> dict[str, A
 def text(data: dict[str, Any]) -> str:
     parts = []
     for file in data["files"]:
-        parts.append(f"{file['path']}: {file['frames']} frames, {data['metric'].upper()}")
+        units = ", ".join(f"{quantity} in {unit}" for quantity, unit in UNITS.items())
+        parts.append(f"{file['path']}: {file['frames']} frames, {data['metric'].upper()}, {units}")
         parts.append(_table(file["models"], data["metric"]))
     if data["picture"]:
         parts.append(f"picture: {data['picture']}")
@@ -103,7 +104,7 @@ def _table(results: dict[str, list[dict[str, Any]]], metric: str) -> str:
     names = list(results)
     quantities = [q for q in UNITS if any(q in row[metric] for row in results[names[0]])]
     head = ["", "", "count"]
-    head += [f"{name}\n{q}, {UNITS[q]}" for q in quantities for name in names]
+    head += [f"{q}: {name}" for q in quantities for name in names]
     rows = []
     for i, row in enumerate(results[names[0]]):
         part = {"all": "", "group": "type", "element": "element"}[row["part"]]
