@@ -369,3 +369,8 @@ def find_sites(model: torch.nn.Module) -> tuple[list[Site], list[Skipped]]:
         else:
             sites.append(Site(name.removesuffix(".weight"), holder, tensor, layout))
     return sites, skipped
+
+
+def reordered(module: torch.nn.Module) -> bool:
+    """Whether the numbers of its weights stand in another order than in e3nn's layer."""
+    return _named(module, "cuequivariance_torch", "SymmetricContraction")

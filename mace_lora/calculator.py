@@ -14,7 +14,6 @@ from ase.calculators.calculator import Calculator, all_changes
 from mace_lora.api import load_adapter
 from mace_lora.errors import ConfigError
 from mace_lora.host import models, upstream
-from mace_lora.injection import adapters
 from mace_lora.merging import merge
 
 Choice = str | Path | Sequence[str | Path] | None
@@ -77,9 +76,7 @@ class MaceLoraCalculator(Calculator):
             if folder is None:
                 model = deepcopy(self.base)
             else:
-                model = load_adapter(self.base, folder)
-                if all(adapter.mergeable for _, adapter in adapters(model)):
-                    merge(model)
+                model = merge(load_adapter(self.base, folder), keep_gates=True)
             self._merged[folder] = model
         return self._merged[folder]
 

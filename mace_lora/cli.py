@@ -6,12 +6,14 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+from mace_lora import artefact
 from mace_lora.adapters.registry import METHODS, get_method
 from mace_lora.commands import COMMANDS
 from mace_lora.commands import run as run_command
-from mace_lora.config import AdapterConfig
+from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError, MaceLoraError
 
 _GROUP = "adapters (mace-lora)"
@@ -62,12 +64,30 @@ def build_parser() -> argparse.ArgumentParser:
                 keywords.setdefault("type", _boolean if kind is bool else kind)
                 group.add_argument(f"--{flag}", **keywords)
             parser.set_defaults(**{flag: _Default(field.default)})
+        presets = get_method(name).presets
+        if presets:
+            group.add_argument(
+                f"--{name}_preset",
+                choices=list(presets),
+                default=_Default(None),
+                help="options chosen for you, where no flag says otherwise: "
+                + "; ".join(f"{k}: {_words(v)}" for k, v in presets.items()),
+            )
+    for field in fields(RunOptions):
+        keywords = {"type": type(field.default), **field.metadata}
+        group.add_argument(f"--{field.name}", default=_Default(field.default), **keywords)
     parser.set_defaults(lora=_Default(parser.get_default("lora")))
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, AdapterConfig | None]:
-    """Flags and `--config` file to upstream's arguments and the adapter, None for no adapter.
+def _words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={' '.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
+
+
+def parse(
+    argv: Sequence[str] | None = None,
+) -> tuple[argparse.Namespace, AdapterConfig | None, RunOptions]:
+    """Flags and `--config` file to upstream's arguments, the adapter or None, and our run options.
 
     Raises:
         ConfigError: unknown or contradictory flags, or a value that makes no sense.
@@ -79,20 +99,28 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Adapte
             setattr(args, name, value.value)
         else:
             given[name] = value
-    config = _adapter(args, given)
+    options = RunOptions(**{f.name: getattr(args, f.name) for f in fields(RunOptions)})
+    config = _adapter(args, given, options.adapter_start)
+    if config is None:
+        for field in fields(RunOptions):
+            if field.name in given:
+                raise ConfigError(f"--{field.name} needs an adapter: give --lora=True or --adapter")
     rank, alpha = args.lora_rank, args.lora_alpha
     for name in _our_flags():  # upstream logs and stores its arguments: leave it only its own
         delattr(args, name)
     args.lora_rank, args.lora_alpha = rank, alpha
-    return args, config
+    return args, config, options
 
 
 def _our_flags() -> list[str]:
     flags = [f"{m}_{f.name}" for m in METHODS for f in get_method(m).Options.fields()]
-    return ["adapter", *flags]
+    flags += [f"{m}_preset" for m in METHODS if get_method(m).presets]
+    return ["adapter", *(f.name for f in fields(RunOptions)), *flags]
 
 
-def _adapter(args: argparse.Namespace, given: dict[str, Any]) -> AdapterConfig | None:
+def _adapter(
+    args: argparse.Namespace, given: dict[str, Any], start: str | None
+) -> AdapterConfig | None:
     method = args.adapter
     if args.lora and method not in (None, "lora"):
         raise ConfigError(
@@ -101,23 +129,30 @@ def _adapter(args: argparse.Namespace, given: dict[str, Any]) -> AdapterConfig |
     if "lora" in given and not args.lora and method == "lora":
         raise ConfigError("--lora=False contradicts --adapter=lora: give one of them")
     method = method or ("lora" if args.lora else None)
+    begun = artefact.read(start).config if start else None
+    if begun and method is None:
+        method = begun.method
     if method is not None:
         get_method(method)  # an unknown name first
     _refuse_options_of_others(method, given)
     if method is None:
         return None
-    options = {
-        f.name: getattr(args, f"{method}_{f.name}") for f in get_method(method).Options.fields()
-    }
-    return AdapterConfig.create(
-        method, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    )
+    names = [f.name for f in get_method(method).Options.fields()]
+    options = {n: given[f"{method}_{n}"] for n in names if f"{method}_{n}" in given}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    preset = getattr(args, f"{method}_preset", None)
+    if begun is None:
+        return AdapterConfig.create(method, preset, **options)
+    if preset:
+        raise ConfigError(f"--{method}_preset contradicts --adapter_start: give one of them")
+    return begun.continued(method, options, f"--adapter_start={start}")
 
 
 def _refuse_options_of_others(method: str | None, given: dict[str, Any]) -> None:
     for other in METHODS:
-        for field in get_method(other).Options.fields():
-            flag = f"{other}_{field.name}"
+        names = [field.name for field in get_method(other).Options.fields()]
+        for name in [*names, "preset"]:
+            flag = f"{other}_{name}"
             if flag in given and other != method:
                 # upstream accepts --lora_rank without --lora, and so do we
                 if method is None and flag in ("lora_rank", "lora_alpha"):
@@ -145,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from mace_lora.host.run import run
 
     try:
-        args, config = parse(argv)
-        run(args, config)
+        args, config, options = parse(argv)
+        run(args, config, options)
     except MaceLoraError as error:
         sys.exit(f"error: {error}")
 

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mace_lora.adapters.registry import get_method
 from mace_lora.errors import ConfigError, did_you_mean
+
+# Options that say how factors are trained, not what they mean
+_FREE_TO_CHANGE = {"dropout", "lr_ratio", "init"}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a training run with an adapter that mace-torch doesn't have. Each is a flag."""
+
+    adapter_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "an adapter directory to go on from: its factors, and its method and options "
+            "where no flag says otherwise",
+            "type": str,
+            "metavar": "DIR",
+        },
+    )
+    warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "optimiser steps during which the learning rate rises to --lr in a straight "
+            "line"
+        },
+    )
+    accumulate: int = field(
+        default=1,
+        metadata={
+            "help": "batches whose gradients make one optimiser step: as a batch so much larger, "
+            "in the memory of one"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
+        if self.accumulate < 1:
+            raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
 
 
 @dataclass(frozen=True)
@@ -21,12 +59,24 @@ class AdapterConfig:
     options: Any
 
     @classmethod
-    def create(cls, method: str = "lora", **options: Any) -> AdapterConfig:
+    def create(
+        cls, method: str = "lora", preset: str | None = None, **options: Any
+    ) -> AdapterConfig:
         """
+        Args:
+            method: its name.
+            preset: a name of the method's presets, for the options that are not given.
+            options: by name.
+
         Raises:
-            ConfigError: unknown method or option, or a value that makes no sense.
+            ConfigError: unknown method, preset or option, or a value that makes no sense.
         """
-        kind = get_method(method).Options
+        kind, presets = get_method(method).Options, get_method(method).presets
+        if preset is not None:
+            if preset not in presets:
+                known = did_you_mean(preset, presets) if presets else "it has none"
+                raise ConfigError(f"adapter {method!r} has no preset {preset!r}; {known}")
+            options = {**presets[preset], **options}
         known = {f.name for f in kind.fields()}
         for name in options:
             if name not in known:
@@ -37,6 +87,24 @@ class AdapterConfig:
             return cls(method, kind(**options))
         except ConfigError as error:  # "rank=0: ..." of an option is "--lora_rank=0: ..." of a flag
             raise ConfigError(f"--{method}_{error}") from None
+
+    def continued(self, method: str, options: dict[str, Any], where: str) -> AdapterConfig:
+        """This configuration with other `options`, for a run that goes on from its factors.
+
+        Raises:
+            ConfigError: the method is another, or an option changes what the factors mean.
+        """
+        if method != self.method:
+            raise ConfigError(f"{where} is of method {self.method!r}, not {method!r}")
+        new = replace(self.options, **options)
+        for name, value in self.options.to_json().items():
+            wanted = new.to_json()[name]
+            if wanted != value and name not in _FREE_TO_CHANGE:
+                raise ConfigError(
+                    f"--{method}_{name}={wanted} contradicts {where}, whose factors were trained "
+                    f"with {name}={value}: leave it out"
+                )
+        return AdapterConfig(method, new)
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "options": self.options.to_json()}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
 
 from mace_lora.adapters.base import Adapter, plain_name
+from mace_lora.adapters.low_rank import FullUpdate
 from mace_lora.adapters.registry import get_method
-from mace_lora.blocks import KINDS, Site, Skipped, find_sites
+from mace_lora.blocks import Skipped, find_sites
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import ConfigError, NoLayerMatched
+from mace_lora.errors import ConfigError
 from mace_lora.report import AdaptedLayer, InjectionReport
+from mace_lora.selection import biases, check_patterns, saved_in_full, select
 
 
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -56,18 +57,30 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
         for s in sites
         if s.layout.kind not in method.kinds
     ]
-    sites = [s for s in sites if s.layout.kind in method.kinds]
-    chosen, left_out = select(sites, config.options.targets, presets)
+    options = config.options
+    in_full = saved_in_full(model, options.modules_to_save)
+    sites = [s for s in sites if s.layout.kind in method.kinds and s.name not in in_full]
+    chosen, left_out = select(sites, options.targets, presets)
+    if options.exclude:
+        excluded = {s.name for s in select(chosen, options.exclude, presets)[0]}
+        left_out += [
+            Skipped(s.name, s.weight.numel(), "excluded") for s in chosen if s.name in excluded
+        ]
+        chosen = [s for s in chosen if s.name not in excluded]
+    check_patterns(options.layer_patterns(), chosen)
+    in_full |= biases(model, options.bias, chosen)
+    made = [(s, method.make(s, options.for_layer(s.name))) for s in chosen]
+    made += [(s, FullUpdate(s.layout, options)) for s in in_full.values()]
     layers = []
-    for site in chosen:
+    for site, adapter in made:
         size = site.weight.numel()
-        adapter = method.make(site, config.options)
         adapter.config = config
         adapter.attach(site, model)
         trainable = sum(p.numel() for p in adapter.parameters())
         layers.append(AdaptedLayer(site.name, site.layout.kind, size, trainable, adapter.notes()))
     freeze_base(model)
-    return InjectionReport(config, layers, skipped + left_out, before, model_parts(model))
+    skipped = [s for s in skipped + left_out if s.name.removesuffix(".weight") not in in_full]
+    return InjectionReport(config, layers, skipped, before, model_parts(model))
 
 
 def freeze_base(model: torch.nn.Module) -> None:
@@ -75,48 +88,6 @@ def freeze_base(model: torch.nn.Module) -> None:
     trainable = {id(p) for p in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
-
-
-def select(
-    sites: list[Site], targets: tuple[str, ...], presets: dict[str, tuple[str, ...]]
-) -> tuple[list[Site], list[Skipped]]:
-    """The sites that any of `targets` matches, and the others as skipped.
-
-    A target is a preset (kinds of layers by name), a kind of layer, or a regular expression that is
-    searched for in the names of the sites.
-
-    Raises:
-        NoLayerMatched: naming the target that matches nothing.
-        ConfigError: a target is no regular expression.
-    """
-    chosen: set[str] = set()
-    for target in targets:
-        kinds = presets.get(target, (target,) if target in KINDS else None)
-        if kinds is not None:
-            matched = {s.name for s in sites if s.layout.kind in kinds}
-        else:
-            try:
-                matched = {s.name for s in sites if re.search(target, s.name)}
-            except re.error as error:
-                raise ConfigError(f"target {target!r} is no regular expression: {error}") from None
-        if not matched:
-            raise NoLayerMatched(_no_match(target, sites))
-        chosen |= matched
-    others = [
-        Skipped(s.name, s.weight.numel(), f"{s.layout.kind} layer, not among the targets")
-        for s in sites
-        if s.name not in chosen
-    ]
-    return [s for s in sites if s.name in chosen], others
-
-
-def _no_match(target: str, sites: list[Site]) -> str:
-    names = sorted({s.name for s in sites})
-    shown = ", ".join(names[:3]) if names else "none: this model has no layer that can be adapted"
-    return (
-        f"target {target!r} matches 0 of {len(names)} layers; layers are named like {shown}; "
-        f"presets are default, all, {', '.join(KINDS)}"
-    )
 
 
 def model_parts(model: torch.nn.Module) -> dict[str, tuple[int, int, int]]:

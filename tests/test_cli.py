@@ -14,7 +14,7 @@ def adapter(*flags: str):
 
 
 def test_without_an_adapter_flag_the_arguments_are_upstreams():
-    ours, config = cli.parse(BASE)
+    ours, config, _ = cli.parse(BASE)
     theirs = build_default_arg_parser().parse_args(BASE)
     assert config is None
     assert vars(ours) == vars(theirs)
@@ -42,7 +42,7 @@ def test_options():
 
 
 def test_upstream_sees_none_of_our_flags():
-    args, _ = cli.parse([*BASE, "--adapter=lora", "--lora_rank=8"])
+    args, _, _ = cli.parse([*BASE, "--adapter=lora", "--lora_rank=8"])
     assert set(vars(args)) == set(vars(build_default_arg_parser().parse_args(BASE)))
     assert args.lora_rank == 8
 
@@ -74,7 +74,7 @@ def test_our_flags_in_a_config_file(tmp_path):
         "name: x\ntrain_file: t.xyz\nfoundation_model: mini\nlora: true\nlora_rank: 2\n"
         "lora_targets: [linear, 'readouts.*']\n"
     )
-    args, config = cli.parse(["--config", str(path)])
+    args, config, _ = cli.parse(["--config", str(path)])
     assert args.name == "x"
     assert config.options.rank == 2
     assert config.options.targets == ("linear", "readouts.*")

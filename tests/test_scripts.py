@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configurations_are_understood(path):
-    args, config = cli.parse(["--config", str(path)])
+    args, config, _ = cli.parse(["--config", str(path)])
     content = yaml.safe_load(path.read_text())
     assert config.method == "lora"
     assert args.foundation_model == content["foundation_model"]

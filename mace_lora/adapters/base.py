@@ -15,7 +15,9 @@ import torch
 from torch.nn.utils import parametrize
 
 from mace_lora.blocks import Site, WeightLayout
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, did_you_mean
+
+_BIASES = ("none", "adapted", "all")
 
 
 def option(default: Any, help: str, **flag: Any) -> Any:
@@ -37,13 +39,46 @@ class AdapterOptions:
         nargs="+",
         type=str,
     )
+    exclude: tuple[str, ...] = option(
+        (), "layers to leave alone among the targets, in the same words", nargs="+", type=str
+    )
+    modules_to_save: tuple[str, ...] = option(
+        (),
+        "what is trained in full and saved with the adapter: regular expressions over the names of "
+        "weights, such as readouts, scale_shift.shift or atomic_energies",
+        nargs="+",
+        type=str,
+    )
+    bias: str = option(
+        "none",
+        "biases to train in full: none, those of the adapted layers, or all of the model",
+        choices=_BIASES,
+    )
 
     def __post_init__(self) -> None:
-        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        object.__setattr__(self, "targets", targets)
-        if not targets or not all(isinstance(t, str) and t for t in targets):
-            raise ConfigError(f"targets={targets!r}: one or more non-empty texts are needed")
+        for name in ("targets", "exclude", "modules_to_save"):
+            self._check_texts(name)
+        if not self.targets:
+            raise ConfigError("targets=(): one or more non-empty texts are needed")
+        if self.bias not in _BIASES:
+            raise ConfigError(f"bias={self.bias}: {did_you_mean(str(self.bias), _BIASES)}")
         self.check()
+
+    def _check_texts(self, name: str) -> None:
+        """Make the option a tuple of non-empty texts, or raise ConfigError."""
+        value = getattr(self, name)
+        texts = (value,) if isinstance(value, str) else tuple(value)
+        object.__setattr__(self, name, texts)
+        if not all(isinstance(t, str) and t for t in texts):
+            raise ConfigError(f"{name}={texts!r}: one or more non-empty texts are needed")
+
+    def for_layer(self, name: str) -> AdapterOptions:
+        """The options of one layer, where patterns make them differ."""
+        return self
+
+    def layer_patterns(self) -> tuple[str, ...]:
+        """Regular expressions that must each match an adapted layer."""
+        return ()
 
     def check(self) -> None:
         """Raises ConfigError, as `<option>=<value>: <reason>`, where a value makes no sense."""
@@ -65,6 +100,7 @@ class Adapter(torch.nn.Module):
         mergeable: the effective weight does not depend on the input.
         identity_at_init: a fresh adapter leaves the model as it is.
         kinds: kinds of layers (`blocks.KINDS`) that the method adapts; the target preset "all".
+        presets: options under a name, for those who don't want to choose.
         default_kinds: those of them that the target preset "default" means.
     """
 
@@ -73,6 +109,7 @@ class Adapter(torch.nn.Module):
     identity_at_init: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial", "skip", "contraction")
     default_kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial")
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
         super().__init__()
@@ -87,6 +124,15 @@ class Adapter(torch.nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The effective weight, of the shape of `weight`."""
         raise NotImplementedError
+
+    def lr_factors(self) -> dict[str, float]:
+        """Learning rates of parameters, by name, relative to the run's; those not named have it."""
+        return {}
+
+    @property
+    def draws(self) -> bool:
+        """Whether `forward` draws random numbers in training mode."""
+        return False
 
     def notes(self) -> str:
         """What the user should know about this layer, such as a capped rank; or nothing."""
@@ -111,7 +157,7 @@ class Adapter(torch.nn.Module):
     def attach(self, site: Site, model: torch.nn.Module) -> None:
         """Become part of the layer: from now on its weight is the effective one."""
         weight = site.weight
-        self.to(device=weight.device, dtype=weight.dtype)
+        self.to(device=weight.device, dtype=weight.dtype).eval()
         parametrize.register_parametrization(site.module, site.tensor, self)
 
 

@@ -13,6 +13,7 @@ mace-torch's own `--lora` for equal factors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +36,12 @@ class Lora(LowRank):
     """A and B per irrep of one weight."""
 
     Options = LoraOptions
+    # Measured in scripts/study.py; see the README
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "small-data": {"rank": 4, "alpha": 4.0, "targets": ("default",), "dropout": 0.1},
+        "balanced": {"rank": 16, "alpha": 16.0, "targets": ("all",)},
+        "max-accuracy": {"rank": 32, "alpha": 32.0, "targets": ("all",), "lr_ratio": 4.0},
+    }
 
     def __init__(self, layout: WeightLayout, options: LoraOptions) -> None:
         super().__init__(layout, options, group_parts(layout, options))

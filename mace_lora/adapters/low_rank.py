@@ -7,8 +7,10 @@ the factors, capping the rank at what a matrix can use, and the sum.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -36,14 +38,85 @@ class LowRankOptions(AdapterOptions):
         "how A starts (B is zero): " + "; ".join(f"{k}: {v}" for k, v in INITS.items()),
         choices=tuple(INITS),
     )
+    rslora: bool = option(
+        False, "scale by alpha / sqrt(rank), so that higher ranks learn as fast (rsLoRA)"
+    )
+    rank_pattern: tuple[str, ...] = option(
+        (),
+        "other ranks for some layers, as PATTERN=RANK with a regular expression over layer names; "
+        "the first that matches counts",
+        nargs="+",
+        type=str,
+    )
+    alpha_pattern: tuple[str, ...] = option(
+        (), "other alphas for some layers, as PATTERN=ALPHA", nargs="+", type=str
+    )
+    dropout: float = option(
+        0.0,
+        "probability that a step leaves an input copy of an irrep out of the update: whole copies, "
+        "never components, the same for all atoms of a batch",
+    )
+    lr_ratio: float = option(1.0, "learning rate of B, as a multiple of that of A (LoRA+)")
 
     lowest_rank = 1
 
     def check(self) -> None:
         check_rank("rank", self.rank, self.lowest_rank)
         check_alpha("alpha", self.alpha)
+        for name in ("rank_pattern", "alpha_pattern"):
+            self._check_texts(name)
+            for text in getattr(self, name):
+                self._pattern(name, text)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}: a number from 0 to below 1 is needed")
+        if not _is_number(self.lr_ratio) or not self.lr_ratio > 0:
+            raise ConfigError(f"lr_ratio={self.lr_ratio}: a finite number above 0 is needed")
         if self.init not in INITS:
             raise ConfigError(f"init={self.init}: {did_you_mean(str(self.init), INITS)}")
+
+    def _pattern(self, name: str, text: str) -> tuple[str, Any]:
+        """`PATTERN=VALUE` as both, checked."""
+        pattern, _, value = text.rpartition("=")
+        try:
+            re.compile(pattern)
+            number = int(value) if name == "rank_pattern" else float(value)
+        except (re.error, ValueError) as error:
+            raise ConfigError(f"{name}={text}: PATTERN=NUMBER is needed ({error})") from None
+        if not pattern:
+            raise ConfigError(f"{name}={text}: PATTERN=NUMBER is needed")
+        if name == "rank_pattern":
+            check_rank(f"{name}={pattern}", number, self.lowest_rank)
+        else:
+            check_alpha(f"{name}={pattern}", number)
+        return pattern, number
+
+    def for_layer(self, name: str) -> LowRankOptions:
+        values = {"rank_pattern": (), "alpha_pattern": ()}
+        for option_, key in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            pairs = (self._pattern(option_, text) for text in getattr(self, option_))
+            found = [value for pattern, value in pairs if re.search(pattern, name)]
+            if found:
+                values[key] = found[0]
+        return replace(self, **values)
+
+    def layer_patterns(self) -> tuple[str, ...]:
+        return tuple(
+            self._pattern(name, text)[0]
+            for name in ("rank_pattern", "alpha_pattern")
+            for text in getattr(self, name)
+        )
+
+    @property
+    def scaling(self) -> float:
+        """What A B is multiplied by: alpha / rank, or alpha / sqrt(rank) with `rslora`."""
+        if not self.rank:
+            return 0.0
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def check_rank(name: str, value: object, lowest: int = 1) -> None:
@@ -54,8 +127,7 @@ def check_rank(name: str, value: object, lowest: int = 1) -> None:
 
 def check_alpha(name: str, value: object) -> None:
     """Raises ConfigError unless `value` is a finite number other than 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value == 0:
+    if not _is_number(value) or value == 0:
         raise ConfigError(
             f"{name}={value}: a finite number other than 0 is needed, "
             "since the update is scaled by alpha / rank"
@@ -107,7 +179,25 @@ class LowRank(Adapter):
 
     def updates(self) -> list[torch.Tensor]:
         """The update of each part: (rows, cols)."""
-        return [(a @ b) * part.scale for a, b, part in zip(self.A, self.B, self.parts, strict=True)]
+        return [
+            (self._dropped(a) @ b) * part.scale
+            for a, b, part in zip(self.A, self.B, self.parts, strict=True)
+        ]
+
+    def _dropped(self, a: torch.Tensor) -> torch.Tensor:
+        """A without some of its rows, in training: these copies of the input don't count."""
+        if not (self.training and self.options.dropout):
+            return a
+        keep = 1 - self.options.dropout
+        return a * (torch.rand_like(a[:, :1]) < keep) / keep
+
+    @property
+    def draws(self) -> bool:
+        return self.options.dropout > 0
+
+    def lr_factors(self) -> dict[str, float]:
+        ratio = self.options.lr_ratio
+        return {f"B.{i}": ratio for i in range(len(self.B))} if ratio != 1 else {}
 
     @torch.no_grad()
     def fit_parts(self, matrices: Sequence[torch.Tensor]) -> None:
@@ -145,14 +235,13 @@ def group_parts(layout: WeightLayout, options: LowRankOptions) -> list[Part]:
     for group in layout.groups:
         rank = used_rank(options.rank, group.rows, group.cols)
         norm = rank**-0.5 if layout.kind == "linear" and rank else 1.0
-        scale = options.alpha / options.rank * norm if options.rank else 0.0
-        parts.append(Part(group.label, group.rows, group.cols, scale))
+        parts.append(Part(group.label, group.rows, group.cols, options.scaling * norm))
     return parts
 
 
 def block_parts(layout: WeightLayout, options: LowRankOptions) -> list[Part]:
     """One part per path of the layer, scaled by alpha / rank."""
-    scale = options.alpha / options.rank
+    scale = options.scaling
     return [Part(layout.groups[b.group].label, b.rows, b.cols, scale) for b in layout.blocks]
 
 
@@ -215,14 +304,16 @@ class FullUpdate(Adapter):
 
     def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
         super().__init__(layout, options)
-        self.D = torch.nn.Parameter(torch.zeros(layout.shape))
+        # a tensor of its own is kept flat: its shape differs between kernels, its order doesn't
+        size = math.prod(layout.shape)
+        self.D = torch.nn.Parameter(torch.zeros((size,) if layout.kind == "full" else layout.shape))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.D
+        return weight + self.D.view(weight.shape)
 
     @torch.no_grad()
     def fit(self, update: torch.Tensor) -> None:
-        self.D.copy_(update)
+        self.D.copy_(update.reshape(self.D.shape))
 
     def notes(self) -> str:
         return "trained in full"

@@ -18,7 +18,7 @@ import torch
 from mace_lora.api import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError, MergeMismatch
-from mace_lora.host import models
+from mace_lora.host import gated, models
 from mace_lora.host.saving import MERGE_TOLERANCE
 from mace_lora.injection import adapters
 from mace_lora.merging import changes, merge
@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     adapted = deepcopy(model)
     merge(model, keep_gates=True, scale=options.alpha)
     difference = _proof(adapted, model) if options.alpha == 1.0 else None
+    if gates:
+        gated.mark(model)
     common.save(model, options.output)
     return {
         "output": options.output,

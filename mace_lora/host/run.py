@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mace_lora.config import AdapterConfig
+from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError
 from mace_lora.host import checks, models, upstream
 from mace_lora.host.session import Session
@@ -20,12 +20,13 @@ def build_parser() -> argparse.ArgumentParser:
     return upstream.module("mace.tools.arg_parser").build_default_arg_parser()
 
 
-def run(args: argparse.Namespace, config: AdapterConfig | None) -> None:
+def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> None:
     """Train. Without an adapter this is upstream's `run(args)`, plus the foundation model `mini`.
 
     Args:
         args: upstream's flags.
         config: the adapter; None for upstream's own training.
+        options: of the run, beside upstream's; they need an adapter.
 
     Raises:
         MaceLoraError: before any training, for whatever is wrong with flags, files or models; and
@@ -38,8 +39,10 @@ def run(args: argparse.Namespace, config: AdapterConfig | None) -> None:
         with upstream.substituted(_foundation_by_name(args, foundation)):
             script.run(args)
         return
+    if args.lbfgs and options.accumulate > 1:
+        raise ConfigError("--lbfgs takes all batches in one step: leave out --accumulate")
     foundation = _prepare(args)
-    session = Session(args, config, foundation)
+    session = Session(args, config, foundation, options)
     substitutes = {**session.substitutes(), **_foundation_by_name(args, foundation)}
     with upstream.substituted(substitutes):
         script.run(args)

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mace_lora import artefact
 from mace_lora.adapters.registry import get_method
-from mace_lora.config import AdapterConfig
+from mace_lora.config import AdapterConfig, RunOptions
+from mace_lora.errors import ArtefactError
 from mace_lora.fingerprint import fingerprint
 from mace_lora.host import checks, models, upstream
 from mace_lora.host.saving import Saving
@@ -38,6 +40,7 @@ class Session:
         args: the parsed flags, as upstream takes them.
         config: the adapter.
         foundation: the loaded foundation model; None where mace-torch loads it by name.
+        options: of the run, beside mace-torch's own.
     """
 
     def __init__(
@@ -45,11 +48,13 @@ class Session:
         args: argparse.Namespace,
         config: AdapterConfig,
         foundation: torch.nn.Module | None,
+        options: RunOptions,
     ) -> None:
         self.args = args
+        self.options = options
         self.config = config
         self.foundation = foundation
-        self.training = Training(args, title=f"{args.name}: {config.method}")
+        self.training = Training(args, title=f"{args.name}: {config.method}", options=options)
         self.saving = Saving(args, config, valid_sets=lambda: self.training.valid_sets)
 
     def substitutes(self) -> dict[str, Any]:
@@ -172,12 +177,26 @@ class Session:
             with torch.random.fork_rng():  # so that the adapters start as without conversion
                 model = upstream.original(key)(deepcopy(model), device=args.device)
         report = inject(model, self.config)
+        if self.options.adapter_start:
+            self._start_from(model, self.options.adapter_start)
         banner = get_method(self.config.method).banner(self.config.options)
         if banner:
             logging.info(banner)
         options = ", ".join(f"{k}={v}" for k, v in self.config.options.to_json().items())
         logging.info(f"Adapter {self.config.method} ({options})\n{report}")
         return model
+
+    def _start_from(self, model: torch.nn.Module, folder: str) -> None:
+        """Take the factors of an existing adapter instead of fresh ones."""
+        content = artefact.read(folder)
+        if content.model["fingerprint"] != self.saving.start["fingerprint"]:
+            raise ArtefactError(
+                f"--adapter_start={folder}: its run started from another model than this one "
+                "(another foundation model, other elements or other heads), so its factors mean "
+                "nothing here"
+            )
+        artefact.load_factors(model, content.tensors)
+        logging.info(f"The adapter starts as {folder} has it; its E0s are those of this run")
 
     @staticmethod
     def already_converted(model: torch.nn.Module, device: Any = None) -> torch.nn.Module:

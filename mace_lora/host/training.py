@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mace_lora.config import RunOptions
 from mace_lora.errors import Diverged
 from mace_lora.host import upstream
+from mace_lora.host.steps import Steps
+from mace_lora.injection import adapters
 from mace_lora.progress import History, ProgressBar
 
 
@@ -22,10 +25,13 @@ class Training:
     Args:
         args: the parsed flags, as upstream takes them.
         title: what the learning curve is called.
+        options: of the run, beside mace-torch's own.
     """
 
-    def __init__(self, args: argparse.Namespace, title: str) -> None:
+    def __init__(self, args: argparse.Namespace, title: str, options: RunOptions) -> None:
         self.args = args
+        self.options = options
+        self.steps = Steps(options, 1)
         self.title = title
         self.valid_sets: list[Any] = []
         self.history = History()
@@ -61,22 +67,28 @@ class Training:
             "products": "products_lr_factor",
             "readouts": "readouts_lr_factor",
         }
-        groups: dict[str, list[torch.nn.Parameter]] = {}
+        own = {
+            id(adapter.get_parameter(name)): factor
+            for _, adapter in adapters(model)
+            for name, factor in adapter.lr_factors().items()
+        }
+        groups: dict[tuple[str, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault(name.partition(".")[0], []).append(parameter)
+                key = name.partition(".")[0], own.get(id(parameter), 1.0)
+                groups.setdefault(key, []).append(parameter)
         logging.info(
             f"Weight decay {args.weight_decay} acts on all adapter parameters, on no frozen one"
         )
         return {
             "params": [
                 {
-                    "name": part,
+                    "name": part if factor == 1 else f"{part} x {factor:g}",
                     "params": parameters,
                     "weight_decay": args.weight_decay,
-                    "lr": factors.get(keys.get(part, ""), 1.0) * args.lr,
+                    "lr": factor * factors.get(keys.get(part, ""), 1.0) * args.lr,
                 }
-                for part, parameters in groups.items()
+                for (part, factor), parameters in groups.items()
             ],
             "lr": args.lr,
             "amsgrad": args.amsgrad,
@@ -96,6 +108,7 @@ class Training:
         """Keeps validation frames for the proof of the merge, and shows progress."""
         self.valid_sets = [loader.dataset for loader in keywords["valid_loaders"].values()]
         steps = len(keywords["train_loader"])
+        self.steps = Steps(self.options, steps)
         epochs = max(0, keywords["max_num_epochs"] - keywords["start_epoch"])
         original = upstream.original("train")
         with ProgressBar(epochs * steps, steps, enabled=keywords.get("rank", 0) == 0) as self.bar:
@@ -110,11 +123,11 @@ class Training:
         except Exception as error:  # a picture is no reason to lose the model that is saved next
             logging.warning(f"no learning curve: {type(error).__name__}: {error}")
 
-    def take_step(self, *positional: Any, **keywords: Any) -> Any:
+    def take_step(self, **keywords: Any) -> Any:
         """Upstream's step, seen by the bar; effective weights are computed once per step."""
         original = upstream.original("take_step")
         with torch.nn.utils.parametrize.cached():
-            loss, metrics = original(*positional, **keywords)
+            loss, metrics = self.steps.take(original, **keywords)
         self._check_finite(metrics["loss"], "training loss")
         if self.bar is not None:
             self.bar.step(float(metrics["loss"]))
