@@ -17,7 +17,7 @@ _EXPORTS = {
     "MaceLoraError": "mace_lora.errors",
     "adapter_parameters": "mace_lora.injection",
     "combine_adapters": "mace_lora.switching",
-    "disable_adapter": "mace_lora.switching",
+    "disable_adapter": "mace_lora.injection",
     "extract": "mace_lora.extraction",
     "inject": "mace_lora.injection",
     "inject_lora": "mace_lora.api",

@@ -12,7 +12,7 @@ from mace_lora import artefact
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.injection import adapter_parameters, adapters, inject
+from mace_lora.injection import adapter_parameters, adapters, disable_adapter, inject
 from mace_lora.merging import merge
 from mace_lora.report import InjectionReport
 
@@ -74,7 +74,8 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     config = next((adapter.config for _, adapter in adapters(model)), None)
     if config is None:
         raise ConfigError("the model carries no adapters: inject some before saving them")
-    description = {**models.describe(model), "fingerprint": fingerprint(model)}
+    with disable_adapter(model):  # E0s, scale and shift may be adapted
+        description = {**models.describe(model), "fingerprint": fingerprint(model)}
     base = {"name": None, "head": None, **description}
     artefact.write(folder, config, adapter_parameters(model), base, description)
 

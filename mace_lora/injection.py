@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,6 +31,24 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         for name, adapter in adapters(model)
         for factor, parameter in adapter.named_parameters()
     }
+
+
+@contextmanager
+def disable_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Within the block, `model` predicts as before the injection; its adapters stay attached.
+
+    E0s, scale and shift are those that the adapter's run started with.
+    """
+    hooks = [
+        # the last input is what an adapter changes: a weight, or the output of a layer
+        adapter.register_forward_hook(lambda _, inputs, output: inputs[-1])
+        for _, adapter in adapters(model)
+    ]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:

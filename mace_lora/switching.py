@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mace_lora import artefact
 from mace_lora.api import load_adapter
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.injection import adapters, inject
+from mace_lora.injection import inject
 from mace_lora.merging import changes, check_mergeable, unload
 
 _CONSTANTS = ("atomic_energies", "scale", "shift")
@@ -56,24 +55,6 @@ def set_adapter(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
 
 def _same_places(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[key] == other[key] for key in ("atomic_numbers", "heads"))
-
-
-@contextmanager
-def disable_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Within the block, `model` predicts as before the injection; its adapters stay attached.
-
-    E0s, scale and shift stay those of the adapter's run.
-    """
-    hooks = [
-        # the last input is what an adapter changes: a weight, or the output of a layer
-        adapter.register_forward_hook(lambda _, inputs, output: inputs[-1])
-        for _, adapter in adapters(model)
-    ]
-    try:
-        yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def combine_adapters(

@@ -157,8 +157,9 @@ class Adapter(torch.nn.Module):
     def attach(self, site: Site, model: torch.nn.Module) -> None:
         """Become part of the layer: from now on its weight is the effective one."""
         weight = site.weight
-        self.to(device=weight.device, dtype=weight.dtype).eval()
+        self.to(device=weight.device, dtype=weight.dtype)
         parametrize.register_parametrization(site.module, site.tensor, self)
+        self.eval()  # nothing is drawn but in training steps: torch has taken over the layer's mode
 
 
 class OutputAdapter(Adapter):

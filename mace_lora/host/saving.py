@@ -56,6 +56,7 @@ class Saving:
             "from_cueq": lambda model, device=None: self.merge_and_convert("from_cueq", model),
             "from_oeq": lambda model, device=None: self.merge_and_convert("from_oeq", model),
             "jit": self.jit(),
+            "extract_config": self.extract_config,
             "checkpoints": make_checkpoint_handler(upstream.original("checkpoints"), self),
             "save": save_whole,
             "jit_save": jit_save_whole,
@@ -137,6 +138,12 @@ class Saving:
         for file, meaning in files.items():
             if (folder / file).exists():
                 logging.info(f"  {folder / file}: {meaning}")
+
+    @staticmethod
+    def extract_config(model: torch.nn.Module) -> dict[str, Any]:
+        """Upstream reads E0s, scale and shift of the unmerged model, where they can be trained."""
+        with torch.no_grad():
+            return upstream.original("extract_config")(model)
 
     @staticmethod
     def jit() -> SimpleNamespace:

@@ -61,7 +61,7 @@ class Steps:
 
     @contextmanager
     def _dropout(self, model: torch.nn.Module) -> Iterator[None]:
-        """Adapters draw random numbers in training steps alone; mace-torch validates in any mode."""
+        """Adapters draw random numbers in training steps alone: mace-torch knows no modes."""
         if self._drawing is None:
             self._drawing = [adapter for _, adapter in adapters(model) if adapter.draws]
         for adapter in self._drawing:

@@ -53,6 +53,7 @@ NAMES: dict[str, Name] = {
     "mace_omol": Name(_RUN, "mace_omol", ("device", "default_dtype")),
     "mace_polar": Name(_RUN, "mace_polar", ("model", "device", "default_dtype")),
     "jit": Name(_RUN, "jit", None),
+    "extract_config": Name(_RUN, "extract_config_mace_model", ("model",)),
     "count_parameters": Name("mace.tools", "count_parameters", ("module",)),
     "train": Name("mace.tools", "train", ("model", "valid_loaders", "train_loader", "logger")),
     "checkpoints": Name("mace.tools", "CheckpointHandler", ()),
