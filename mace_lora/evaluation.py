@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,6 @@ class Frames:
     labels: Values
     numbers: np.ndarray
     groups: np.ndarray
-
-    @property
-    def groups_of_atoms(self) -> np.ndarray:
-        return np.repeat(self.groups, [len(a) for a in self.atoms])
 
 
 @dataclass(frozen=True)
@@ -132,23 +128,47 @@ def _label(atoms: ase.Atoms, key: str, shape: tuple[int, ...]) -> np.ndarray:
     return value.reshape(shape)
 
 
+def known_to(frames: Frames, known: Iterable[set[int]]) -> tuple[Frames, str]:
+    """The frames whose elements all of several models know, and a word about the others.
+
+    Args:
+        frames: to choose from.
+        known: the atomic numbers of each model.
+
+    Raises:
+        DataError: none is left.
+    """
+    common = set.intersection(*known)
+    keep = np.array([common.issuperset(a.numbers.tolist()) for a in frames.atoms])
+    if keep.all():
+        return frames, ""
+    lacking = [chemical_symbols[z] for z in sorted({int(z) for z in frames.numbers} - common)]
+    said = (
+        f"{int((~keep).sum())} of {len(keep)} frames of {frames.name} are left out: "
+        f"not every model knows {', '.join(lacking)}"
+    )
+    if not keep.any():
+        raise DataError(said)
+    of_atoms = np.repeat(keep, [len(a) for a in frames.atoms])
+    labels = frames.labels
+    kept = Frames(
+        frames.name,
+        [a for a, k in zip(frames.atoms, keep, strict=True) if k],
+        Values(labels.energy[keep], labels.forces[of_atoms], labels.stress[keep]),
+        frames.numbers[of_atoms],
+        frames.groups[keep],
+    )
+    return kept, said
+
+
 def predict(
     model: torch.nn.Module, frames: Frames, batch_size: int = 16, head: str | None = None
 ) -> Values:
-    """What `model` predicts for `frames`; stress where it has labels.
+    """What `model` predicts for `frames`, whose elements it must know; stress where labelled.
 
     Raises:
-        DataError: a frame has an element that the model doesn't know; no energies come out of it.
+        DataError: no energies and forces come out of this kind of model.
     """
-    known = {int(z) for z in model.atomic_numbers}
-    for i, atoms in enumerate(frames.atoms):
-        unknown = sorted({int(z) for z in atoms.numbers} - known)
-        if unknown:
-            names = [chemical_symbols[z] for z in unknown]
-            raise DataError(
-                f"{frames.name}, frame {i} holds {', '.join(names)}; the model knows "
-                f"{', '.join(chemical_symbols[z] for z in sorted(known))}"
-            )
     want_stress = bool(np.isfinite(frames.labels.stress).any())
     batches = (
         models.frames_to_batch(frames.atoms[i : i + batch_size], model, head=head)
@@ -163,6 +183,21 @@ def predict(
         stress = found["stress"].cpu().double().numpy()
     energy = found["energy"].cpu().double().numpy() / sizes
     return Values(energy, found["forces"].cpu().double().numpy(), stress)
+
+
+def with_fitted_e0s(frames: Frames, predicted: Values) -> Values:
+    """`predicted` with energies shifted by one number per element, the best fit to the labels.
+
+    For labels of another method than the model's, which count energies from other E0s.
+    """
+    known = np.isfinite(frames.labels.energy)
+    if not known.any():
+        return predicted
+    elements = sorted(set(frames.numbers))
+    shares = np.array([[np.mean(a.numbers == z) for z in elements] for a in frames.atoms])
+    left = (frames.labels.energy - predicted.energy)[known]
+    shifts = np.linalg.lstsq(shares[known], left, rcond=None)[0]
+    return replace(predicted, energy=predicted.energy + shares @ shifts)
 
 
 def errors(frames: Frames, predicted: Values) -> list[Errors]:

@@ -158,11 +158,8 @@ def test_scaling_by_the_root_of_the_rank(model):
 def test_rank_and_alpha_patterns(model, method):
     patterns = {"rank_pattern": (r"interactions\.0\.linear$=2", "interactions=3")}
     adapted(model, method, rank=4, alpha=1.0, alpha_pattern=("products=10",), **patterns)
-    ranks = {
-        n: max(a.shape[1] for a in adapter.A)
-        for n, adapter in adapters(model)
-        if hasattr(adapter, "A")
-    }
+    low_rank = [(n, adapter) for n, adapter in adapters(model) if hasattr(adapter, "A")]
+    ranks = {n: max(a.shape[1] for a in adapter.A) for n, adapter in low_rank}
     assert ranks["interactions.0.linear"] == 2
     assert ranks["interactions.1.linear"] == 3
     assert ranks["products.0.linear"] == 4

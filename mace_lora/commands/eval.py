@@ -16,7 +16,17 @@ import torch
 from mace_lora.api import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
-from mace_lora.evaluation import UNITS, Frames, Values, as_json, errors, predict, read_frames
+from mace_lora.evaluation import (
+    UNITS,
+    Frames,
+    Values,
+    as_json,
+    errors,
+    known_to,
+    predict,
+    read_frames,
+    with_fitted_e0s,
+)
 from mace_lora.pictures import parity
 
 EXAMPLES = """\
@@ -38,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", choices=["mae", "rmse"], default="mae", help="in the table (default: mae)"
     )
     parser.add_argument(
+        "--fit_e0s",
+        action="store_true",
+        help="shift each model's energies by one number per element, the best fit to each file: "
+        "for labels of another method, which count energies from other E0s",
+    )
+    parser.add_argument(
         "--group_by",
         default="config_type",
         help="the key of a frame that says its configuration type (default: config_type)",
@@ -51,16 +67,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     files = [read_frames(p, common.keys(options), options.group_by) for p in paths]
     if options.picture:
         common.check_folder(options.picture, "picture")
+    compared = _models(options)
+    known = [{int(z) for z in model.atomic_numbers} for model in compared.values()]
+    files, left_out = zip(*(known_to(frames, known) for frames in files), strict=True)
     predictions: list[dict[str, Values]] = [{} for _ in files]
-    for name, model in _models(options).items():
+    for name, model in compared.items():
         for frames, values in zip(files, predictions, strict=True):
             values[name] = predict(model, frames, options.batch_size, options.head)
+            if options.fit_e0s:
+                values[name] = with_fitted_e0s(frames, values[name])
     if options.picture:
         parity(list(zip(files, predictions, strict=True)), options.picture)
     return {
         "units": UNITS,
         "metric": options.metric,
         "picture": options.picture,
+        "left_out": [said for said in left_out if said],
         "files": [
             _result(path, frames, values)
             for path, frames, values in zip(paths, files, predictions, strict=True)
@@ -95,6 +117,7 @@ def text(data: dict[str, Any]) -> str:
         units = ", ".join(f"{quantity} in {unit}" for quantity, unit in UNITS.items())
         parts.append(f"{file['path']}: {file['frames']} frames, {data['metric'].upper()}, {units}")
         parts.append(_table(file["models"], data["metric"]))
+    parts += data["left_out"]
     if data["picture"]:
         parts.append(f"picture: {data['picture']}")
     return "\n".join(parts)

@@ -14,8 +14,11 @@ from typing import Any
 from mace_lora.api import load_adapter
 from mace_lora.commands import common
 from mace_lora.config import AdapterConfig
-from mace_lora.evaluation import UNITS, errors, predict, read_frames
+from mace_lora.evaluation import UNITS, errors, known_to, predict, read_frames
 from mace_lora.extraction import extract
+
+# Relative changes below this are rounding, and not shown
+NOTHING = 1e-6
 
 EXAMPLES = """\
   mace_lora extract --base mini --finetuned full.model --rank 8 --output full_adapter
@@ -71,6 +74,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "fine-tuned": finetuned,
             "adapter": load_adapter(options.base, options.output),
         }
+        known = [{int(z) for z in model.atomic_numbers} for model in models_by_name.values()]
+        frames, _ = known_to(frames, known)
         result["data"] = options.data
         result["errors"] = {
             name: errors(frames, predict(model, frames, options.batch_size))[0].mae
@@ -88,17 +93,17 @@ def text(data: dict[str, Any]) -> str:
             common.bar(layer["error"], 1.0, 16).ljust(16) if layer["adapted"] else "no adapter",
         ]
         for layer in data["layers"]
-        if layer["change"] > 0
+        if layer["change"] > NOTHING
     ]
     lines = [
         common.table(["weight", "|change| / |W|", "left by the adapter", ""], rows),
         f"{data['output']}: {data['method']} of rank {data['rank']}, {data['bytes'] / 1e3:.1f} KB",
     ]
     if "errors" in data:
+        measured = [q for q in UNITS if q in data["errors"]["base"]]
         table = [
-            [name, *(f"{mae[q]:.2f}" if q in mae else "" for q in UNITS)]
-            for name, mae in data["errors"].items()
+            [name, *(f"{mae[q]:.2f}" for q in measured)] for name, mae in data["errors"].items()
         ]
-        head = [f"MAE on {data['data']}", *(f"{q} ({unit})" for q, unit in UNITS.items())]
+        head = [f"MAE on {data['data']}", *(f"{q} ({UNITS[q]})" for q in measured)]
         lines.append(common.table(head, table))
     return "\n".join(lines)

@@ -72,21 +72,22 @@ def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> to
 
 def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
     path = Path(name).expanduser()
+    flag = f"--{flag}" if flag != "path" else flag
     if not path.is_file():
         raise FoundationModelError(
-            f"--{flag}={name}: there is no such file, and no model of that name; "
+            f"{flag}={name}: there is no such file, and no model of that name; "
             f"{did_you_mean(name, [MINI, *upstream_names()])}"
         )
     try:
         model = torch.load(path, map_location=device, weights_only=False)
     except Exception as error:  # whatever unpickling a foreign file raises
         raise FoundationModelError(
-            f"--{flag}={name}: the file can't be read as a model "
+            f"{flag}={name}: the file can't be read as a model "
             f"({type(error).__name__}: {error}); expected a .model file saved by MACE"
         ) from error
     problem = _not_a_mace_model(model)
     if problem:
-        raise FoundationModelError(f"--{flag}={name}: {problem}")
+        raise FoundationModelError(f"{flag}={name}: {problem}")
     return model
 
 
