@@ -1,0 +1,50 @@
+"""Download, check, convert and split the data of rMD17, 3BPA and acetylacetone.
+
+    python scripts/fetch_data.py rmd17 aspirin ethanol
+    python scripts/fetch_data.py all --data_dir=FOLDER      # from files that you have, no network
+
+Leaves --out/<data set>/<molecule>/ with train.xyz, valid.xyz, test_<name>.xyz (REF_energy in eV,
+REF_forces in eV/A) and data.json, which says how many frames, from where, and what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mace_lora.errors import MaceLoraError
+from reproduction import datasets, download
+
+
+def prepare(system: datasets.System, data_dir: Path | None, out: Path) -> Path:
+    """The folder with the files of `system`, made from `data_dir` or from a download."""
+    if data_dir is None and not (out / system.dataset / system.name / "data.json").exists():
+        data_dir = download.originals(system.dataset, out / "original")
+    return datasets.prepare(system, data_dir or out, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("dataset", choices=[*datasets.SYSTEMS, "all"])
+    parser.add_argument("molecules", nargs="*", help="of rmd17; all of them if none is named")
+    parser.add_argument("--data_dir", type=Path, help="folder of files that you have")
+    parser.add_argument("--out", type=Path, default=Path("data"))
+    args = parser.parse_args()
+    try:
+        for system in datasets.select(args.dataset, args.molecules):
+            folder = prepare(system, args.data_dir, args.out)
+            description = json.loads((folder / "data.json").read_text())
+            counts = ", ".join(f"{n} {name}" for name, n in description["frames"].items())
+            print(f"{folder}: {counts}")
+            for note in description["notes"]:
+                print(f"  note: {note}")
+    except MaceLoraError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What is run: methods, their settings by data set, the published figures to compare with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mace_lora import load_foundation
+from mace_lora.adapters.registry import METHODS
+from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.host import upstream
+from reproduction.datasets import System
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# MAE or RMSE, as the papers give them
+MEASURE = {"rmd17": "mae", "3bpa": "rmse", "acac": "rmse"}
+# Options of a method that the published runs give beyond its own defaults
+PUBLISHED_OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("rmd17", "mmea"): {"mmea_rank": 16},
+    ("acac", "mmea"): {"mmea_rank": 16},
+    ("3bpa", "mmea"): {"mmea_rank": 32, "mmea_std": 0.001},
+}
+# (data set, molecule, method, foundation model): energy in meV, forces in meV/A, on the test set
+PUBLISHED: dict[tuple[str, str, str, str], dict[str, float]] = {
+    ("rmd17", "aspirin", "mmea", "medium_off"): {
+        "trainable_parameters": 151354,
+        "energy_mae": 7.2,
+        "forces_mae": 16.4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: the settings that make it, and whose command runs them."""
+
+    name: str
+    title: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    upstream: bool = False
+    foundation: bool = True
+
+
+def methods() -> dict[str, Method]:
+    """Baselines and every registered adapter; those that do not merge come last."""
+    found = [
+        Method("scratch", "from scratch", foundation=False),
+        Method("full", "full fine-tuning"),
+        *(
+            Method(
+                f"upstream_rank{rank}",
+                f"mace-torch's --lora, rank {rank}, alpha {alpha}",
+                {"lora": True, "lora_rank": rank, "lora_alpha": float(alpha)},
+                upstream=True,
+            )
+            for rank, alpha in ((4, 1), (16, 16))
+        ),
+    ]
+    adapters = sorted(METHODS, key=lambda name: name == "mmea")
+    found += [Method(name, name, {"adapter": name}) for name in adapters]
+    return {method.name: method for method in found}
+
+
+def select(names: str) -> list[Method]:
+    """Methods by comma-separated names, or "all".
+
+    Raises:
+        ConfigError: no such method.
+    """
+    known = methods()
+    chosen = list(known) if names == "all" else names.split(",")
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"--adapter={name}: {did_you_mean(name, ['all', *known])}")
+    return [known[name] for name in chosen]
+
+
+def architecture(foundation: str) -> dict[str, Any]:
+    """Settings that build the architecture of a foundation model, to train it from scratch."""
+    model = load_foundation(foundation)
+    c = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
+    return {
+        "model": type(model).__name__,
+        "hidden_irreps": str(c["hidden_irreps"]),
+        "r_max": float(c["r_max"]),
+        "num_radial_basis": int(c["num_bessel"]),
+        "num_cutoff_basis": int(c["num_polynomial_cutoff"]),
+        "max_ell": int(c["max_ell"]),
+        "num_interactions": int(c["num_interactions"]),
+        "correlation": c["correlation"],
+        "interaction": c["interaction_cls"].__name__,
+        "interaction_first": c["interaction_cls_first"].__name__,
+        "MLP_irreps": str(c["MLP_irreps"]),
+        "radial_MLP": str([int(n) for n in c["radial_MLP"]]),
+        # one molecule tells its atoms' energies only as a sum, and that is what average fits
+        "E0s": "average",
+    }
+
+
+def settings(
+    config: Path | None,
+    system: System,
+    method: Method,
+    foundation: str,
+    extra: dict[str, str],
+) -> dict[str, Any]:
+    """Everything that `mace_run_train` is told, but for files and seed, in this order of priority:
+    `extra`, the method's own, those that the published runs give, the protocol's file.
+    """
+    path = config or CONFIGS / f"{system.dataset}.yaml"
+    found: dict[str, Any] = yaml.safe_load(path.read_text())
+    for key in ("train_file", "valid_file", "test_file", "foundation_model", "adapter"):
+        found.pop(key, None)
+    if method.foundation:
+        found["foundation_model"] = foundation
+    else:
+        found.pop("E0s", None)
+        found |= architecture(foundation)
+    found |= PUBLISHED_OPTIONS.get((system.dataset, method.name), {})
+    found |= method.settings
+    return found | {key: value for key, value in extra.items() if _concerns(key, method)}
+
+
+def _concerns(flag: str, method: Method) -> bool:
+    """Whether a flag is anything to a method: the options of another adapter are not."""
+    owner = flag.split("_")[0]
+    if owner not in METHODS or owner == method.name:
+        return True
+    return method.upstream and flag in ("lora_rank", "lora_alpha")
+
+
+def fit_budget(found: dict[str, Any], n_train: int, steps: int) -> dict[str, Any]:
+    """The settings with as many epochs as make `steps` optimiser steps, or slightly more.
+
+    mace-torch leaves out an incomplete last batch. Stage two starts at the same part of the run,
+    and about ten validations are made.
+    """
+    per_epoch = n_train // int(found["batch_size"])
+    if not per_epoch:
+        raise ConfigError(f"batch_size={found['batch_size']} is more than {n_train} frames")
+    epochs = math.ceil(steps / per_epoch)
+    fitted = {**found, "max_num_epochs": epochs, "eval_interval": max(1, epochs // 10)}
+    if found.get("swa"):
+        part = found["start_swa"] / found["max_num_epochs"]
+        fitted["start_swa"] = max(1, round(part * epochs))
+    return fitted
