@@ -14,8 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from mace_lora.errors import MaceLoraError
 from reproduction import datasets, download
+
+from mace_lora.errors import MaceLoraError
 
 
 def prepare(system: datasets.System, data_dir: Path | None, out: Path) -> Path:

@@ -1,1 +1,1 @@
-"""Reproduction of published tables: data, protocol, runs, evaluation, table, plots, in that order."""
+"""Reproduction of published tables: data, protocol, runs, evaluation, table, plots."""

@@ -1,7 +1,7 @@
 """rMD17, 3BPA and acetylacetone as files that can be trained on: found, checked, converted, split.
 
-Sources: Christensen and von Lilienfeld 2020 (rMD17, doi:10.6084/m9.figshare.12672038), Kovacs et al.
-2021 (3BPA) and Batatia et al. 2022 (acetylacetone), both in github.com/davkovacs/BOTNet-datasets.
+Sources: Christensen and von Lilienfeld 2020 (rMD17, doi:10.6084/m9.figshare.12672038); Kovacs et
+al. 2021 (3BPA) and Batatia et al. 2022 (acetylacetone), from github.com/davkovacs/BOTNet-datasets.
 """
 
 from __future__ import annotations
@@ -169,7 +169,11 @@ def load(system: System, data_dir: Path) -> Sets:
     Raises:
         DataError: nothing to be found there, or not what it should be.
     """
-    sets = _load_rmd17(system, data_dir) if system.dataset == "rmd17" else _load_botnet(system, data_dir)
+    sets = (
+        _load_rmd17(system, data_dir)
+        if system.dataset == "rmd17"
+        else _load_botnet(system, data_dir)
+    )
     for name, frames in {"train": sets.train, "valid": sets.valid, **sets.tests}.items():
         check(f"{system.label}, {name}", frames, system.formula)
     _drop_seen(sets)
@@ -217,7 +221,9 @@ def _load_botnet(system: System, data_dir: Path) -> Sets:
     notes = [f"test set {n} ({tests[n]}) is not there" for n in tests if n not in present]
     if not present and (folder / STAND_IN[1]).exists():
         present = {STAND_IN[0]: folder / STAND_IN[1]}
-        notes.append(f"{STAND_IN[1]} stands in for the test sets: these are not the papers' figures")
+        notes.append(
+            f"{STAND_IN[1]} stands in for the test sets: these are not the papers' figures"
+        )
     if not present:
         raise DataError(f"{folder} holds no test set: expected {', '.join(tests.values())}")
     frames = read_xyz(folder / train)
@@ -233,7 +239,7 @@ def _load_botnet(system: System, data_dir: Path) -> Sets:
 
 
 def check(where: str, frames: list[Atoms], formula: str) -> None:
-    """Raises DataError for no frames, another molecule, labels that are not finite, foreign units."""
+    """Raises DataError: no frames, another molecule, labels that are not finite, other units."""
     if not frames:
         raise DataError(f"{where}: there are no frames")
     expected = Formula(formula).count()
@@ -266,7 +272,9 @@ def _drop_seen(sets: Sets) -> None:
         kept = [frame for frame in frames if _identity(frame) not in seen]
         if len(kept) < len(frames):
             n = len(frames) - len(kept)
-            sets.notes.append(f"{n} of {len(frames)} frames of {name} are trained or validated on: left out")
+            sets.notes.append(
+                f"{n} of {len(frames)} frames of {name} are trained or validated on: left out"
+            )
             sets.tests[name] = kept
 
 

@@ -106,7 +106,7 @@ def settings(
     system: System,
     method: Method,
     foundation: str,
-    extra: dict[str, str],
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that `mace_run_train` is told, but for files and seed, in this order of priority:
     `extra`, the method's own, those that the published runs give, the protocol's file.

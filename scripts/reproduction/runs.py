@@ -31,6 +31,8 @@ from reproduction.protocol import Method
 # Exit code of a run that was told to stop and can be continued (EX_TEMPFAIL): start it again
 REQUEUE = 75
 STAGES = {"stage_one": "run.model", "stage_two": "run_stagetwo.model"}
+# mace-torch does not know `mini`, and estimates E0s only in the precision of the foundation model
+_FOUNDATION_FILE = "foundation.model"
 _OURS = [sys.executable, "-m", "mace_lora", "train"]
 _UPSTREAM = [sys.executable, "-c", "from mace.cli.run_train import main; main()"]
 
@@ -47,8 +49,8 @@ class Interrupted(Exception):
 class Run:
     """One row of raw results.
 
-    `settings` is everything the command is told but for its files; `folder` is its own, `data` holds
-    the prepared files of `system`; at most `test_frames` of each test set are evaluated.
+    `settings` is everything the command is told but for its files; `folder` is its own, `data`
+    holds the prepared files of `system`; at most `test_frames` of each test set are evaluated.
     """
 
     system: System
@@ -89,8 +91,8 @@ def execute(run: Run, command: Callable[..., None] | None = None) -> tuple[dict[
 def _config(run: Run) -> str:
     """The YAML that `mace_run_train --config` reads."""
     foundation = run.settings.get("foundation_model")
-    if foundation == "mini" and run.method.upstream:  # mace-torch needs a file
-        foundation = "mini.model"
+    if run.method.upstream:
+        foundation = _FOUNDATION_FILE
     files = {
         "name": "run",
         "train_file": "train.xyz",
@@ -113,10 +115,11 @@ def _claim(run: Run, config: str) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     write_xyz(run.folder / "train.xyz", training_frames(run))
-    if run.method.upstream and run.settings.get("foundation_model") == "mini":
-        dtype = getattr(torch, run.settings.get("default_dtype", "float64"))
-        with whole_file(run.folder / "mini.model") as temporary:
-            torch.save(load_foundation("mini", dtype=dtype), temporary)
+    if run.method.upstream:
+        dtype = getattr(torch, run.settings["default_dtype"])
+        model = load_foundation(run.settings["foundation_model"], dtype=dtype)
+        with whole_file(run.folder / _FOUNDATION_FILE) as temporary:
+            torch.save(model, temporary)
     with whole_file(path) as temporary:
         temporary.write_text(config)
 
@@ -189,9 +192,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         model = evaluation.load_model(run.folder / file)
         found = {name: evaluation.predictions(model, f) for name, f in frames.items()}
         arrays = {f"{n}/{k}": v for n, p in found.items() for k, v in asdict(p).items()}
-        with whole_file(run.folder / f"predictions_{stage}.npz") as temporary:
-            with open(temporary, "wb") as file_:
-                np.savez_compressed(file_, **arrays)
+        _save_arrays(run.folder / f"predictions_{stage}.npz", arrays)
         errors[stage] = {n: {**p.errors(), "frames": len(p.energy)} for n, p in found.items()}
     forgotten = (
         evaluation.forgetting(model) if run.settings.get("foundation_model") == "mini" else None
@@ -216,6 +217,11 @@ def evaluate(run: Run) -> dict[str, Any]:
         "train_sha256": sha256(run.folder / "train.xyz"),
         "versions": {p: metadata.version(p) for p in ("mace-lora", "mace-torch", "torch")},
     }
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:  # a path would get a suffix
+        np.savez_compressed(file, **arrays)
 
 
 def rows(folder: Path, mode: str) -> list[dict[str, Any]]:
