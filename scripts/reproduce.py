@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def plan(args: argparse.Namespace, extra: dict[str, Any]) -> Plan:
     groups = STUDY if args.target == "study" else ((args.target, args.molecules),)
     systems = [s for dataset, names in groups for s in datasets.select(dataset, names)]
     found = []
-    for method in protocol.select(args.adapter):
+    for method in protocol.select(args.adapter, study=args.target == "study"):
         for seed in args.seeds or [None]:
             for system in systems:
                 for n_train in args.train_frames or [system.n_train]:
@@ -117,7 +118,8 @@ def _run(
 ) -> runs.Run:
     settings = protocol.settings(args.config, system, method, args.foundation_model, extra)
     if args.steps is not None:
-        settings = protocol.fit_budget(settings, n_train, args.steps)
+        given_wins = {k: v for k, v in extra.items() if k in settings}
+        settings = protocol.fit_budget(settings, n_train, args.steps) | given_wins
     seed = int(settings.pop("seed", 123)) if seed is None else seed
     settings.pop("seed", None)
     given = [f"{k}={v}" for k, v in extra.items() if k in settings and k not in NOT_IN_NAMES]
@@ -168,6 +170,7 @@ def stop(*_: object) -> None:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", message="The TorchScript type system")  # e3nn, every model
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGUSR1, stop)
     try:

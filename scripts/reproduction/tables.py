@@ -16,7 +16,7 @@ Row = dict[str, Any]
 def results(out: Path) -> list[Row]:
     """All finished runs under a folder, in the order of data sets, molecules and methods."""
     found = [json.loads(p.read_text()) for p in sorted(out.glob("runs/*/*/*/result.json"))]
-    order = {name: i for i, name in enumerate(methods())}
+    order = {name: i for i, name in enumerate(methods(study=True))}
     datasets = {name: i for i, name in enumerate(MEASURE)}
     found.sort(
         key=lambda r: (
