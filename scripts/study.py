@@ -26,11 +26,13 @@ from typing import Any
 
 import ase.io
 import torch
+from reproduction.evaluation import load_model, predictions
+from reproduction.protocol import architecture
+from reproduction.runs import seconds_per_step, trainable
 
 from mace_lora import load_foundation
 from mace_lora.adapters.low_rank import INITS
 from mace_lora.adapters.registry import METHODS
-from mace_lora.host.mini import load_card
 from mace_lora.host.models import frames_to_batch, predict
 
 DATA = Path(str(resources.files("mace_lora") / "data"))
@@ -48,24 +50,8 @@ class Variant:
 
 def scratch() -> Variant:
     """Training the architecture of `mini` from random numbers."""
-    a = load_card()["architecture"]
-    hidden = a["hidden_irreps"].replace(" ", "")
-    flags = {
-        "model": "ScaleShiftMACE",
-        "hidden_irreps": hidden,
-        "r_max": a["r_max"],
-        "num_radial_basis": a["num_bessel"],
-        "num_cutoff_basis": a["num_polynomial_cutoff"],
-        "max_ell": a["max_ell"],
-        "num_interactions": a["num_interactions"],
-        "correlation": a["correlation"],
-        "interaction": a["interaction_cls"],
-        "interaction_first": a["interaction_cls_first"],
-        "MLP_irreps": a["MLP_irreps"],
-        "radial_MLP": str(a["radial_MLP"]),
-        "E0s": "average",
-    }
-    return Variant("from scratch", [f"--{k}={v}" for k, v in flags.items()])
+    settings = architecture("mini")
+    return Variant("from scratch", [f"--{k}={v}" for k, v in settings.items()])
 
 
 def variants(study: str) -> list[Variant]:
@@ -142,39 +128,8 @@ def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Pat
 
 def evaluate(model_file: Path, test: Path) -> dict[str, float]:
     """MAE of energy (meV per atom) and forces (meV/A) of a saved model on the frames of a file."""
-    model = torch.load(model_file, weights_only=False)
-    frames = ase.io.read(test, index=":")
-    energy, forces, components = 0.0, 0.0, 0
-    for start in range(0, len(frames), 25):
-        batch = frames_to_batch(frames[start : start + 25], model)
-        found = predict(model, [batch])
-        atoms = batch.ptr[1:] - batch.ptr[:-1]
-        energy += ((found["energy"] - batch.energy) / atoms).abs().sum().item()
-        forces += (found["forces"] - batch.forces).abs().sum().item()
-        components += batch.forces.numel()
-    return {"energy": 1e3 * energy / len(frames), "forces": 1e3 * forces / components}
-
-
-def trainable(folder: Path) -> int:
-    """Number of trained parameters, from the run's log or its model."""
-    log = (folder / "output.txt").read_text()
-    found = re.search(r"before, ([\d,]+) after injecting", log)
-    if found:
-        return int(found[1].replace(",", ""))
-    if "Injecting LoRA layers" in log:  # mace-torch counts the frozen parameters too
-        total, base = (
-            int(re.search(text, log)[1])
-            for text in (r"with LoRA has (\d+)", r"Original model has (\d+)")
-        )
-        return total - base
-    return sum(p.numel() for p in torch.load(folder / "run.model", weights_only=False).parameters())
-
-
-def seconds_per_step(folder: Path) -> float:
-    """Median over the optimiser steps of the run."""
-    (results,) = folder.glob("results/*.txt")
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    return statistics.median(row["time"] for row in rows if row["mode"] == "opt")
+    found = predictions(load_model(model_file), ase.io.read(test, index=":")).errors()
+    return {"energy": found["energy_per_atom_mae"], "forces": found["forces_mae"]}
 
 
 def adapter_bytes(folder: Path) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-import urllib.error
+import tempfile
 import urllib.request
 from pathlib import Path
 
 from mace_lora.errors import DataError
-from mace_lora.files import whole_file, whole_folder
+from mace_lora.files import whole_file
 from reproduction.datasets import BOTNET, STAND_IN
 
 RMD17_ARCHIVE = "https://figshare.com/ndownloader/files/23950376"
@@ -43,12 +43,10 @@ def _rmd17(folder: Path) -> None:
     archive = folder / "rmd17.tar.bz2"
     download(RMD17_ARCHIVE, archive, RMD17_PAGE)
     try:
-        with whole_folder(folder / "rmd17") as temporary, tarfile.open(archive) as content:
-            content.extractall(temporary, filter="data")
-            inner = temporary / "rmd17"  # the archive's own top folder
-            for item in inner.iterdir():
-                item.rename(temporary / item.name)
-            inner.rmdir()
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            with tarfile.open(archive) as content:
+                content.extractall(temporary, filter="data")
+            (Path(temporary) / "rmd17").rename(folder / "rmd17")  # the archive's own top folder
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{archive} can't be unpacked: {error}; remove it and try again") from error
 

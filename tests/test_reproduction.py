@@ -1,0 +1,350 @@
+"""Reproduction of published tables: the data, the plan, and the whole path on a few frames."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import ase.calculators.singlepoint
+import ase.io
+import ase.units
+import numpy as np
+import pytest
+import torch
+import yaml
+from ase import Atoms
+from conftest import DATA
+
+from mace_lora.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import reproduce  # noqa: E402
+from reproduction import datasets, download, protocol  # noqa: E402
+
+ETHANOL = datasets.System("rmd17", "ethanol")
+KCAL = ase.units.kcal / ase.units.mol
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """The package's frames of ethanol, laid out as ready splits of rMD17."""
+    folder = tmp_path_factory.mktemp("originals")
+    (folder / "rmd17" / "revised_ethanol").mkdir(parents=True)
+    for part in ("train", "valid", "test"):
+        frames = ase.io.read(DATA / f"ethanol_{part}.xyz", index=":")
+        ase.io.write(folder / "rmd17" / "revised_ethanol" / f"{part}.xyz", frames)
+    return folder
+
+
+def acac(n: int, seed: int, shift: float = 0.0) -> list[Atoms]:
+    """Frames of C5H8O2 with labels as BOTNet-datasets calls them."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(n):
+        atoms = Atoms("C5H8O2", positions=rng.normal(size=(15, 3)))
+        calculator = ase.calculators.singlepoint.SinglePointCalculator(
+            atoms, energy=-9391.0 + shift, forces=rng.normal(size=(15, 3))
+        )
+        atoms.calc = calculator
+        frames.append(atoms)
+    return frames
+
+
+def write_acac(folder: Path, train: list[Atoms], test: list[Atoms]) -> Path:
+    (folder / "acac").mkdir(parents=True)
+    ase.io.write(folder / "acac" / "train_300K.xyz", train)
+    ase.io.write(folder / "acac" / "test_MD_300K.xyz", test)
+    return folder
+
+
+def labels(frames: list[Atoms]) -> np.ndarray:
+    return np.array([f.info["REF_energy"] for f in frames])
+
+
+def test_the_original_rmd17_is_converted_from_kcal(tmp_path):
+    """Original file and ready splits give the same frames, energies and forces."""
+    frames = ase.io.read(DATA / "ethanol_train.xyz", index=":")
+    frames += ase.io.read(DATA / "ethanol_valid.xyz", index=":")
+    (tmp_path / "rmd17" / "npz_data").mkdir(parents=True)
+    (tmp_path / "rmd17" / "splits").mkdir()
+    np.savez(
+        tmp_path / "rmd17" / "npz_data" / "rmd17_ethanol.npz",
+        nuclear_charges=frames[0].numbers,
+        coords=np.array([f.positions for f in frames]),
+        energies=labels(frames) / KCAL,
+        forces=np.array([f.arrays["REF_forces"] for f in frames]) / KCAL,
+    )
+    np.savetxt(tmp_path / "rmd17" / "splits" / "index_train_01.csv", np.arange(80), fmt="%d")
+    np.savetxt(tmp_path / "rmd17" / "splits" / "index_test_01.csv", np.arange(80, 100), fmt="%d")
+    sets = datasets.load(ETHANOL, tmp_path)
+    assert [len(x) for x in (sets.train, sets.valid, sets.tests["MD"])] == [30, 50, 20]
+    for found, expected in ((sets.train, frames[:30]), (sets.tests["MD"], frames[80:])):
+        assert np.allclose(labels(found), labels(expected), rtol=0, atol=1e-9)
+        assert np.allclose(found[3].arrays["REF_forces"], expected[3].arrays["REF_forces"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.calc.results.update(energy=-9391.0 / KCAL), "frame 2.*looks like kcal/mol"),
+        (lambda a: a.calc.results.update(energy=-9391.0 / 27.2114), "frame 2.*like Hartree"),
+        (lambda a: a.calc.results.update(energy=np.nan), "frame 2.*not finite"),
+        (lambda a: a.symbols.__setitem__(0, "N"), "frame 2 is NC4H8O2, expected C5H8O2"),
+        (lambda a: a.calc.results.pop("energy"), "frame 2 has no energy"),
+    ],
+    ids=["kcal", "Hartree", "NaN", "other molecule", "no energy"],
+)
+def test_a_bad_frame_is_named(tmp_path, change, message):
+    test = acac(5, seed=1)
+    change(test[2])
+    write_acac(tmp_path, acac(60, seed=0), test)
+    with pytest.raises(DataError, match=message):
+        datasets.load(datasets.System("acac", "acac"), tmp_path)
+
+
+def test_forces_in_other_units_are_refused(tmp_path):
+    test = acac(5, seed=1)
+    for atoms in test:
+        atoms.calc.results["forces"] /= KCAL
+    write_acac(tmp_path, acac(60, seed=0), test)
+    with pytest.raises(DataError, match=r"300K: forces of .* can't be in eV/A"):
+        datasets.load(datasets.System("acac", "acac"), tmp_path)
+
+
+def test_split_and_test_frames(tmp_path):
+    """The split is the same every time; what is trained on is never tested on; notes say it all."""
+    train, test = acac(60, seed=0), acac(5, seed=1)
+    write_acac(tmp_path, train, [*test, *train[7:9]])
+    system = datasets.System("acac", "acac")
+    folder = datasets.prepare(system, tmp_path, tmp_path / "out")
+    again = datasets.prepare(system, tmp_path, tmp_path / "again")
+    files = sorted(p.name for p in folder.iterdir())
+    assert files == ["data.json", "test_300K.xyz", "train.xyz", "valid.xyz"]
+    for name in files[1:]:
+        assert (folder / name).read_bytes() == (again / name).read_bytes()
+    parts = {n: ase.io.read(folder / n, index=":") for n in files[1:]}
+    assert [len(p) for p in parts.values()] == [5, 10, 50]
+    positions = {n: {f.positions.tobytes() for f in p} for n, p in parts.items()}
+    assert not positions["train.xyz"] & positions["valid.xyz"]
+    assert not positions["train.xyz"] & positions["test_300K.xyz"]
+    notes = json.loads((folder / "data.json").read_text())["notes"]
+    assert notes == [
+        "test set 600K (test_MD_600K.xyz) is not there",
+        "2 of 7 frames of 300K are trained or validated on: left out",
+    ]
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(DataError, match=r"holds no rMD17 ethanol: expected rmd17/npz_data"):
+        datasets.load(ETHANOL, tmp_path)
+    with pytest.raises(ConfigError, match="Did you mean 'aspirin'"):
+        datasets.select("rmd17", ["aspirine"])
+
+
+@pytest.fixture
+def server(tmp_path):
+    """An HTTP server of the files in tmp_path/served."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}", tmp_path / "served"
+        httpd.shutdown()
+
+
+def test_originals_are_downloaded_once(tmp_path, server, monkeypatch):
+    url, served = server
+    (served / "dataset_acac").mkdir()
+    for file in ("train_300K.xyz", "test_MD_300K.xyz", "test_MD_600K.xyz"):
+        ase.io.write(served / "dataset_acac" / file, acac(60, seed=len(file)))
+    monkeypatch.setattr(download, "BOTNET_FILES", url)
+    folder = download.originals("acac", tmp_path / "here")
+    for file in (served / "dataset_acac").iterdir():
+        assert (folder / "dataset_acac" / file.name).read_bytes() == file.read_bytes()
+        file.unlink()
+    download.originals("acac", tmp_path / "here")  # nothing is asked for again
+    assert datasets.load(datasets.System("acac", "acac"), folder).notes == []
+
+
+def test_the_archive_of_rmd17_is_unpacked(tmp_path, server, monkeypatch):
+    url, served = server
+    inside = tmp_path / "rmd17" / "npz_data"
+    inside.mkdir(parents=True)
+    (inside / "rmd17_ethanol.npz").write_bytes(b"content")
+    with tarfile.open(served / "archive", "w:bz2") as archive:
+        archive.add(tmp_path / "rmd17", "rmd17")
+    monkeypatch.setattr(download, "RMD17_ARCHIVE", f"{url}/archive")
+    folder = download.originals("rmd17", tmp_path / "here")
+    assert (folder / "rmd17" / "npz_data" / "rmd17_ethanol.npz").read_bytes() == b"content"
+
+
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(download, "BOTNET_FILES", server[0])
+    with pytest.raises(DataError, match=r"BOTNet-datasets by hand.* --data_dir"):
+        download.originals("acac", tmp_path / "here")
+    assert not list((tmp_path / "here" / "dataset_acac").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rmd17", "aspirin"], "name what to run with --adapter"),
+        (["rmd17", "aspirin", "--adapter=mmae"], "Did you mean 'mmea'"),
+        (["rmd17", "aspirin", "--adapter=lora", "--lr", "0.1"], "'--lr' is not understood"),
+        (["acac", "--adapter=lora", "--only=nothing"], "no run has this in its path"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        reproduce.plan(*reproduce.parse(arguments))
+
+
+def plan(*arguments: str) -> dict[str, dict]:
+    """The settings of every planned run by its method."""
+    planned = reproduce.plan(*reproduce.parse(list(arguments)))
+    return {run.method.name: run.settings for run in planned.runs}
+
+
+def test_the_published_protocol_is_what_is_run():
+    found = plan("3bpa", "--adapter=full,mmea,lora", "--lora_rank=8", "--device=cuda")
+    for settings in found.values():
+        expected = {"lr": 0.005, "energy_weight": 1.0, "forces_weight": 1000.0, "batch_size": 5}
+        expected |= {"max_num_epochs": 500, "scheduler_patience": 5, "ema_decay": 0.995}
+        expected |= {"start_swa": 400, "default_dtype": "float64", "device": "cuda"}
+        expected |= {"foundation_model": "medium_off"}
+        assert {k: settings[k] for k in expected} == expected
+    assert "adapter" not in found["full"]
+    assert found["mmea"]["mmea_rank"] == 32
+    assert found["mmea"]["mmea_std"] == 0.001
+    assert found["lora"]["lora_rank"] == 8
+    assert "lora_rank" not in found["mmea"]
+
+
+def test_a_budget_of_steps():
+    found = plan("rmd17", "aspirin", "--adapter=lora", "--steps=95")["lora"]
+    assert found["max_num_epochs"] == 10  # of 10 batches each
+    assert found["start_swa"] == 8
+    found = plan("acac", "--adapter=lora", "--steps=500", "--lr=0.1", "--eval_interval=3")["lora"]
+    assert found["max_num_epochs"] == 6  # of 90
+    assert (found["lr"], found["eval_interval"]) == (0.1, 3)
+
+
+def test_from_scratch_has_the_architecture_of_the_foundation_model():
+    settings = protocol.architecture("mini")
+    assert settings["hidden_irreps"] == "32x0e+32x1o"
+    assert settings["num_cutoff_basis"] == 5
+    assert "foundation_model" not in plan("acac", "--adapter=scratch", "--foundation_model=mini")
+
+
+def command(data_dir: Path, out: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, str(ROOT / "scripts" / "reproduce.py"), "rmd17", "ethanol"),
+        *("--foundation_model=mini", f"--data_dir={data_dir}", f"--out={out}"),
+        *("--batch_size=5", "--lr=0.01", "--test_frames=6"),
+        *arguments,
+    ]
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        arguments,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def errors_by_hand(model: Path, frames: list[Atoms]) -> tuple[float, float]:
+    """MAE of total energy (meV) and of force components (meV/A), through the ASE calculator."""
+    from mace.calculators import MACECalculator
+
+    calculator = MACECalculator(str(model), device="cpu", default_dtype="float64")
+    energies, forces = [], []
+    for frame in frames:
+        atoms = Atoms(numbers=frame.numbers, positions=frame.positions, calculator=calculator)
+        energies.append(atoms.get_potential_energy() - frame.info["REF_energy"])
+        forces.append(atoms.get_forces() - frame.arrays["REF_forces"])
+    return 1e3 * np.abs(energies).mean(), 1e3 * np.abs(forces).mean()
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_saved_models_predict(tmp_path, data_dir):
+    """The whole path for an adapter and a baseline; a second time, nothing is done again."""
+    arguments = command(data_dir, tmp_path, "--adapter=full,lora", "--train_frames", "5", "10")
+    arguments.append("--steps=2")
+    printed = run(*arguments)
+    table = json.loads((tmp_path / "table.json").read_text())
+    last = {(r["method"], r["train_frames"]): r for r in table if r["last_stage"]}
+    assert set(last) == {(m, n) for m in ("full", "lora") for n in (5, 10)}
+    frames = ase.io.read(DATA / "ethanol_test.xyz", index=":6")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert all(line in printed.splitlines() for line in lines if line)
+    for row in last.values():
+        folder = tmp_path / "runs" / "rmd17" / "ethanol" / row["runs"][0]
+        energy, forces = errors_by_hand(folder / "run_stagetwo.model", frames)
+        assert row["errors"]["MD"]["energy"]["mean"] == pytest.approx(energy, rel=1e-6)
+        assert row["errors"]["MD"]["forces"]["mean"] == pytest.approx(forces, rel=1e-6)
+        (line,) = (
+            text
+            for text in lines
+            if f"| {row['title']} " in text and f"| {row['train_frames']} | 2 |" in text
+        )
+        assert f"| {row['trainable_parameters']:,} |" in line
+        assert f"| {energy:.1f} | {forces:.1f} |" in line
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["max_num_epochs"] == 2 // (row["train_frames"] // 5)
+        assert len(ase.io.read(folder / "train.xyz", index=":")) == row["train_frames"]
+        if row["method"] == "full":
+            model = torch.load(folder / "run.model", weights_only=False)
+            assert row["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+        assert (folder / "parity.png").stat().st_size > 1000
+    for name in ("learning_curves_rmd17_ethanol", "error_against_frames_rmd17_ethanol_MD"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/**/*")}
+    assert run(*arguments).count("(was finished)") == 4
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/**/*")} == written
+
+    refused = subprocess.run([*arguments, "--steps=4"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "holds a run with other settings" in refused.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_continued(tmp_path, data_dir):
+    arguments = command(data_dir, tmp_path, "--adapter=lora", "--train_frames", "5", "--swa=False")
+    arguments.append("--max_num_epochs=40")
+    process = subprocess.Popen(
+        arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/*/*/*/checkpoints/*.pt")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "give the same command again to continue" in printed
+    assert not list(tmp_path.glob("runs/*/*/*/result.json"))
+    run(*arguments)
+    (result,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/*/*/*/result.json"))
+    assert result["resumed"]
+    (folder,) = tmp_path.glob("runs/*/*/*")
+    log = (folder / "output.txt").read_text()
+    assert "Loading checkpoint" in log
+    assert log.count("Epoch 0:") == 1
