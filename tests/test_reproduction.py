@@ -251,7 +251,7 @@ def command(data_dir: Path, out: Path, *arguments: str) -> list[str]:
     return [
         *(sys.executable, str(ROOT / "scripts" / "reproduce.py"), "rmd17", "ethanol"),
         *("--foundation_model=mini", f"--data_dir={data_dir}", f"--out={out}"),
-        *("--batch_size=5", "--lr=0.01", "--test_frames=6"),
+        *("--lr=0.01", "--test_frames=6"),
         *arguments,
     ]
 
@@ -283,45 +283,47 @@ def errors_by_hand(model: Path, frames: list[Atoms]) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_the_table_is_what_the_saved_models_predict(tmp_path, data_dir):
-    """The whole path for an adapter and a baseline; a second time, nothing is done again."""
-    arguments = command(data_dir, tmp_path, "--adapter=full,lora", "--train_frames", "5", "10")
-    arguments.append("--steps=2")
-    printed = run(*arguments)
+    """The whole path for an adapter and a baseline; what is finished is not done again."""
+    run(*command(data_dir, tmp_path, "--adapter=full,lora", "--train_frames=10", "--steps=4"))
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/**/*")}
+    arguments = command(data_dir, tmp_path, "--adapter=lora", "--train_frames", "5", "10")
+    printed = run(*arguments, "--steps=4")
+    assert printed.count("(was finished)") == 1
+    assert {p: p.stat().st_mtime_ns for p in written if p.is_file()} == {
+        p: time for p, time in written.items() if p.is_file()
+    }
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        reproduce.carry_out(reproduce.plan(*reproduce.parse([*arguments[2:], "--steps=6"])), None)
+
     table = json.loads((tmp_path / "table.json").read_text())
     last = {(r["method"], r["train_frames"]): r for r in table if r["last_stage"]}
-    assert set(last) == {(m, n) for m in ("full", "lora") for n in (5, 10)}
-    frames = ase.io.read(DATA / "ethanol_test.xyz", index=":6")
+    assert set(last) == {("full", 10), ("lora", 10), ("lora", 5)}
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert all(line in printed.splitlines() for line in lines if line)
     for row in last.values():
-        folder = tmp_path / "runs" / "rmd17" / "ethanol" / row["runs"][0]
-        energy, forces = errors_by_hand(folder / "run_stagetwo.model", frames)
-        assert row["errors"]["MD"]["energy"]["mean"] == pytest.approx(energy, rel=1e-6)
-        assert row["errors"]["MD"]["forces"]["mean"] == pytest.approx(forces, rel=1e-6)
-        (line,) = (
-            text
-            for text in lines
-            if f"| {row['title']} " in text and f"| {row['train_frames']} | 2 |" in text
-        )
-        assert f"| {row['trainable_parameters']:,} |" in line
-        assert f"| {energy:.1f} | {forces:.1f} |" in line
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        assert config["max_num_epochs"] == 2 // (row["train_frames"] // 5)
-        assert len(ase.io.read(folder / "train.xyz", index=":")) == row["train_frames"]
-        if row["method"] == "full":
-            model = torch.load(folder / "run.model", weights_only=False)
-            assert row["trainable_parameters"] == sum(p.numel() for p in model.parameters())
-        assert (folder / "parity.png").stat().st_size > 1000
+        assert row["stage"] == "stage_two"
+        check_row(row, lines, tmp_path / "runs" / "rmd17" / "ethanol" / row["runs"][0])
     for name in ("learning_curves_rmd17_ethanol", "error_against_frames_rmd17_ethanol_MD"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
-    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/**/*")}
-    assert run(*arguments).count("(was finished)") == 4
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/**/*")} == written
 
-    refused = subprocess.run([*arguments, "--steps=4"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert "holds a run with other settings" in refused.stderr
+def check_row(row: dict, lines: list[str], folder: Path) -> None:
+    """A row of the table, as JSON and as text, against the run's files."""
+    frames = ase.io.read(DATA / "ethanol_test.xyz", index=":6")
+    energy, forces = errors_by_hand(folder / "run_stagetwo.model", frames)
+    assert row["errors"]["MD"]["energy"]["mean"] == pytest.approx(energy, rel=1e-6)
+    assert row["errors"]["MD"]["forces"]["mean"] == pytest.approx(forces, rel=1e-6)
+    start, frames_steps = f"| {row['title']} ", f"| {row['train_frames']} | 4 |"
+    (line,) = (text for text in lines if text.startswith(start) and frames_steps in text)
+    assert f"| {row['trainable_parameters']:,} |" in line
+    assert f"| {energy:.1f} | {forces:.1f} |" in line
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["max_num_epochs"] == 4 // (row["train_frames"] // 5)
+    assert len(ase.io.read(folder / "train.xyz", index=":")) == row["train_frames"]
+    if row["method"] == "full":
+        model = torch.load(folder / "run.model", weights_only=False)
+        assert row["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+    assert (folder / "parity.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -347,4 +349,3 @@ def test_an_interrupted_run_is_continued(tmp_path, data_dir):
     (folder,) = tmp_path.glob("runs/*/*/*")
     log = (folder / "output.txt").read_text()
     assert "Loading checkpoint" in log
-    assert log.count("Epoch 0:") == 1
