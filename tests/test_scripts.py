@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 def test_configurations_are_understood(path):
     args, config, _ = cli.parse(["--config", str(path)])
     content = yaml.safe_load(path.read_text())
-    assert config.method == "lora"
-    assert args.foundation_model == content["foundation_model"]
+    adapter = content.pop("adapter", None) or ("lora" if content.pop("lora", False) else None)
+    assert (config.method if config else None) == adapter
+    assert {key: getattr(args, key) for key in content} == content
 
 
 @pytest.mark.slow

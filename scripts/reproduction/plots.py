@@ -82,7 +82,7 @@ def learning_curves(found: list[Row], out: Path) -> None:
         for result in mine:
             folder = out / "runs" / dataset / system / result["run"]
             for axes, key in zip(panels, ("mae_e_per_atom", "mae_f"), strict=True):
-                points = _curve(folder, key)
+                points = _curve(result, folder, key)
                 if points:
                     axes.plot(*zip(*points, strict=True), label=result["run"], linewidth=1.2)
         for axes, label in zip(
@@ -94,16 +94,13 @@ def learning_curves(found: list[Row], out: Path) -> None:
         _save(figure, out / f"learning_curves_{dataset}_{system}.png")
 
 
-def _curve(folder: Path, key: str) -> list[tuple[int, float]]:
+def _curve(result: Row, folder: Path, key: str) -> list[tuple[int, float]]:
     """(optimiser steps done, error in meV or meV/A) of each validation of a run."""
-    steps: dict[int, int] = {}
-    for row in runs.rows(folder, "opt"):
-        steps[row["epoch"]] = steps.get(row["epoch"], 0) + 1
     points = {}
     for row in runs.rows(folder, "eval"):
-        epoch = row["epoch"]
         if isinstance(row.get(key), float):
-            done = sum(n for e, n in steps.items() if epoch is not None and e <= epoch)
+            epoch = -1 if row["epoch"] is None else row["epoch"]  # None: before training
+            done = runs.steps_until(result["train_frames"], result["settings"], epoch)
             points[done] = 1e3 * row[key]
     return sorted(points.items())
 

@@ -208,7 +208,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "train_frames": run.n_train,
         "settings": run.settings,
         "trainable_parameters": trainable(run.folder),
-        "steps": len(rows(run.folder, "opt")),
+        "steps": steps_until(run.n_train, run.settings, _last_epoch(run.folder)),
         "seconds_per_step": seconds_per_step(run.folder),
         **json.loads((run.folder / "trained.json").read_text()),
         "errors": errors,
@@ -233,6 +233,18 @@ def rows(folder: Path, mode: str) -> list[dict[str, Any]]:
             if row["mode"] == mode:
                 found.append(row)
     return found
+
+
+def steps_until(n_train: int, settings: dict[str, Any], epoch: int) -> int:
+    """Optimiser steps from the start to the end of an epoch (which count from 0).
+
+    Not counted in the records: a run that was continued may have some of its steps there twice.
+    """
+    return (epoch + 1) * (n_train // int(settings["batch_size"]))
+
+
+def _last_epoch(folder: Path) -> int:
+    return max(row["epoch"] for row in rows(folder, "opt"))
 
 
 def seconds_per_step(folder: Path) -> float:
