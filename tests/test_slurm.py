@@ -36,7 +36,7 @@ def submit(cluster, tmp_path):
             *("sbatch", "--parsable", "--gres=none", "--cpus-per-task=1"),
             f"--output={tmp_path}/%x_%j.log",
             *options,
-            str(SCRIPTS / script),
+            str(SCRIPTS / script),  # an absolute path stays as it is
             *arguments,
             cwd=ROOT,
             DEVICE="cpu",
@@ -83,6 +83,28 @@ def test_a_task_of_the_array_is_requeued_and_goes_on(cluster, submit, tmp_path):
     (result,) = (json.loads(p.read_text()) for p in out.glob("runs/*/*/*/result.json"))
     assert result["resumed"]
     assert "ethanol" in (out / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_only_the_task_that_was_stopped_is_requeued(cluster, submit, tmp_path):
+    """One task of an array has the array's own number: by that, all tasks would be requeued."""
+    script = tmp_path / "job.sh"
+    script.write_text(f"""#!/bin/bash
+        . {SCRIPTS}/requeue.sh
+        run_or_requeue bash -c 'trap "exit 75" USR1; touch {tmp_path}/$SLURM_ARRAY_TASK_ID
+            while [ -z "$SLURM_RESTART_COUNT" ]; do sleep 0.1; done'
+    """)
+    job = submit(["--array=0-1", "--requeue"], str(script))
+    for task in "01":
+        wait_for(tmp_path, task)
+    numbers = {task: cluster.state(f"{job}_{task}")["JobId"] for task in "01"}
+    (stopped,) = (task for task, number in numbers.items() if number == job)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_{stopped}")
+    found = cluster.wait(f"{job}_{stopped}", "COMPLETED", "FAILED")
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+    other = cluster.state(f"{job}_{1 - int(stopped)}")
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    cluster.run("scancel", job)
 
 
 @pytest.mark.slow

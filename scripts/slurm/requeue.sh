@@ -10,8 +10,20 @@
 REQUEUE=75
 
 run_or_requeue() {
-    local child status=0 signalled=""
+    local status=0
     echo "Start $((${SLURM_RESTART_COUNT:-0} + 1)) of job ${SLURM_JOB_ID:-none} on $(hostname): $*"
+    run_passing_signals "$@" || status=$?
+    trap '' USR1 TERM
+    if [ "$status" -eq "$REQUEUE" ] || { [ -n "$signalled" ] && [ "$status" -ne 0 ]; }; then
+        requeue
+    fi
+    return "$status"
+}
+
+# Runs a command, which gets STOP_SIGNAL when this shell gets SIGUSR1 or SIGTERM; `signalled` says so.
+run_passing_signals() {
+    local child status=0
+    signalled=""
     "$@" &
     child=$!
     # shellcheck disable=SC2064
@@ -20,21 +32,20 @@ run_or_requeue() {
         wait "$child" || true # a signal ends the waiting, not the command
     done
     wait "$child" || status=$?
-    trap '' USR1 TERM
-    if [ "$status" -eq "$REQUEUE" ] || { [ -n "$signalled" ] && [ "$status" -ne 0 ]; }; then
-        requeue
-    fi
     return "$status"
 }
 
 requeue() {
+    # Of an array, this task: one task has the number of the whole array for its job number
+    local job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+    job="${job:-$SLURM_JOB_ID}"
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_REQUEUES:-50}" ]; then
         echo "error: started ${SLURM_RESTART_COUNT} times again and still not done;" \
             "give a longer --time, or a larger MAX_REQUEUES" >&2
         exit 1
     fi
-    echo "Stopped with a checkpoint; job $SLURM_JOB_ID goes to the queue again"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "Stopped with a checkpoint; job $job goes to the queue again"
+    scontrol requeue "$job"
     sleep 60 # until SLURM ends this script: its own exit would count as the end of the job
 }
 
