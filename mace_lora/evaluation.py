@@ -205,7 +205,7 @@ def errors(frames: Frames, predicted: Values) -> list[Errors]:
     everything = np.ones(len(frames.atoms), dtype=bool)
     rows = [_errors(frames, predicted, "all", "all", everything)]
     groups = sorted(set(frames.groups))
-    if groups != [frames.groups[0]] or frames.groups[0] != NO_GROUP:
+    if len(groups) > 1:
         rows += [_errors(frames, predicted, "group", g, frames.groups == g) for g in groups]
     for z in sorted(set(frames.numbers)):
         mine = frames.numbers == z
