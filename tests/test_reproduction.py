@@ -30,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import reproduce  # noqa: E402
-from reproduction import datasets, download, protocol  # noqa: E402
+from reproduction import datasets, download, foundation, protocol  # noqa: E402
+from reproduction.evaluation import load_model, predictions  # noqa: E402
 
 ETHANOL = datasets.System("rmd17", "ethanol")
 KCAL = ase.units.kcal / ase.units.mol
@@ -349,3 +350,28 @@ def test_an_interrupted_run_is_continued(tmp_path, data_dir):
     (folder,) = tmp_path.glob("runs/*/*/*")
     log = (folder / "output.txt").read_text()
     assert "Loading checkpoint" in log
+
+
+@pytest.mark.slow
+def test_baselines_start_at_the_labels_where_all_elements_are_the_foundations(tmp_path):
+    """There mace-torch throws its estimated E0s away, which would make the comparison unfair."""
+    uracil = datasets.System("rmd17", "uracil")
+    settings = {"foundation_model": "mini", "E0s": "estimated", "default_dtype": "float64"}
+    assert foundation.is_needed(settings, False, uracil.numbers)
+    assert not foundation.is_needed(settings, False, ETHANOL.numbers)
+    assert not foundation.is_needed({**settings, "adapter": "lora"}, False, uracil.numbers)
+    path = Path(__file__).parent / "data" / "uracil.xyz"
+    frames = datasets.read_xyz(path)
+    foundation.write(tmp_path / "foundation.model", settings, frames)
+    run(
+        *(sys.executable, "-c", "from mace.cli.run_train import main; main()"),
+        *(
+            "--name=run",
+            f"--work_dir={tmp_path}",
+            f"--foundation_model={tmp_path}/foundation.model",
+        ),
+        *(f"--train_file={Path(__file__).parent / 'data' / 'uracil.xyz'}", "--valid_fraction=0.3"),
+        *("--E0s=estimated", "--max_num_epochs=1", "--batch_size=2", "--lr=0", "--plot=False"),
+    )
+    errors = predictions(load_model(tmp_path / "run.model"), frames).errors()
+    assert errors["energy_per_atom_mae"] < 100  # hundreds of eV without

@@ -16,6 +16,7 @@ import ase.io
 import ase.units
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_numbers
 from ase.formula import Formula
 
 from mace_lora.errors import ConfigError, DataError, did_you_mean
@@ -77,6 +78,11 @@ class System:
     @property
     def formula(self) -> str:
         return SYSTEMS[self.dataset][self.name]
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Its atomic numbers."""
+        return frozenset(atomic_numbers[s] for s in Formula(self.formula).count())
 
     @property
     def label(self) -> str:

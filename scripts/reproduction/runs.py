@@ -21,18 +21,15 @@ import numpy as np
 import torch
 import yaml
 
-from mace_lora import load_foundation
 from mace_lora.errors import ConfigError, MaceLoraError
 from mace_lora.files import whole_file
-from reproduction import evaluation
+from reproduction import evaluation, foundation
 from reproduction.datasets import System, sha256, write_xyz
 from reproduction.protocol import Method
 
 # Exit code of a run that was told to stop and can be continued (EX_TEMPFAIL): start it again
 REQUEUE = 75
 STAGES = {"stage_one": "run.model", "stage_two": "run_stagetwo.model"}
-# mace-torch does not know `mini`, and estimates E0s only in the precision of the foundation model
-_FOUNDATION_FILE = "foundation.model"
 _OURS = [sys.executable, "-m", "mace_lora", "train"]
 _UPSTREAM = [sys.executable, "-c", "from mace.cli.run_train import main; main()"]
 
@@ -63,6 +60,12 @@ class Run:
     test_frames: int | None = None
 
     @property
+    def needs_file(self) -> bool:
+        """Whether the foundation model is given to the command as a file."""
+        numbers = self.system.numbers
+        return foundation.is_needed(self.settings, self.method.upstream, numbers)
+
+    @property
     def label(self) -> str:
         return f"{self.system.label}, {self.folder.name}"
 
@@ -90,16 +93,16 @@ def execute(run: Run, command: Callable[..., None] | None = None) -> tuple[dict[
 
 def _config(run: Run) -> str:
     """The YAML that `mace_run_train --config` reads."""
-    foundation = run.settings.get("foundation_model")
-    if run.method.upstream:
-        foundation = _FOUNDATION_FILE
+    model = run.settings.get("foundation_model")
+    if run.needs_file:
+        model = foundation.FILE
     files = {
         "name": "run",
         "train_file": "train.xyz",
         "valid_file": os.path.relpath(run.data / "valid.xyz", run.folder),
         "seed": run.seed,
     }
-    foundation_model = {} if foundation is None else {"foundation_model": foundation}
+    foundation_model = {} if model is None else {"foundation_model": model}
     return yaml.safe_dump({**run.settings, **foundation_model, **files}, sort_keys=True)
 
 
@@ -114,12 +117,10 @@ def _claim(run: Run, config: str) -> None:
             )
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_xyz(run.folder / "train.xyz", training_frames(run))
-    if run.method.upstream:
-        dtype = getattr(torch, run.settings["default_dtype"])
-        model = load_foundation(run.settings["foundation_model"], dtype=dtype)
-        with whole_file(run.folder / _FOUNDATION_FILE) as temporary:
-            torch.save(model, temporary)
+    frames = training_frames(run)
+    write_xyz(run.folder / "train.xyz", frames)
+    if run.needs_file:
+        foundation.write(run.folder / foundation.FILE, run.settings, frames)
     with whole_file(path) as temporary:
         temporary.write_text(config)
 
