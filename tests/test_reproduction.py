@@ -24,7 +24,7 @@ import yaml
 from ase import Atoms
 from conftest import DATA
 
-from mace_lora.errors import ConfigError, DataError
+from mace_lora.errors import ConfigError, DataError, FoundationModelError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -375,3 +375,12 @@ def test_baselines_start_at_the_labels_where_all_elements_are_the_foundations(tm
     )
     errors = predictions(load_model(tmp_path / "run.model"), frames).errors()
     assert errors["energy_per_atom_mae"] < 100  # hundreds of eV without
+
+
+def test_a_foundation_model_that_cannot_be_had_is_named(monkeypatch, tmp_path):
+    """From scratch needs its architecture; here its place in mace-torch's cache holds rubbish."""
+    (tmp_path / "mace").mkdir()
+    (tmp_path / "mace" / "MACE-OFF23_medium.model").write_text("rubbish")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(FoundationModelError, match="foundation_model=medium_off: mace-torch can't"):
+        plan("acac", "--adapter=scratch")

@@ -60,6 +60,17 @@ def load(
 
 def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """A model that mace-torch downloads, or finds in its cache."""
+    try:
+        return _from_upstream(name, device, dtype)
+    except Exception as error:  # of a dozen kinds, from the network to unpickling
+        raise FoundationModelError(
+            f"--foundation_model={name}: mace-torch can't load it: "
+            f"{type(error).__name__}: {error}. Without a network, download its file "
+            "elsewhere and give the path"
+        ) from error
+
+
+def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
     keywords = {"device": str(device), "default_dtype": str(dtype).removeprefix("torch.")}
     if name in upstream.module("mace.cli.run_train").polar_model_names:
         return upstream.original("mace_polar")(model=name, return_raw_model=True, **keywords)

@@ -69,6 +69,6 @@ def download(url: str, path: Path, page: str) -> None:
                 raise OSError(f"{temporary.stat().st_size} of {length} bytes came")
     except OSError as error:  # URLError and timeouts are among them
         raise DataError(
-            f"{url} can't be downloaded ({error}). Get it from {page} by hand, put it in a folder "
-            f"as {path.relative_to(path.parents[1])}, and give that folder with --data_dir"
+            f"{url} can't be downloaded ({error}). Get it from {page} by hand, put it in place as "
+            f"{path}, and try again; or give a folder of ready files with --data_dir"
         ) from error
