@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mace_lora.files import whole_file
 from reproduction import runs
@@ -127,7 +127,9 @@ def error_against_frames(table: list[Row], out: Path) -> None:
                         label=name,
                     )
                 axes.set_xscale("log")
+                axes.set_xticks(sorted({r["train_frames"] for r in mine}))
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
                 measure = mine[0]["measure"].upper()
                 _logarithmic(axes, "training frames", f"{test}: {what} {measure} ({unit})")
             axes.legend(fontsize=7)
