@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from mace_lora import artefact
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError, FoundationModelError, NotMergeable
 from mace_lora.fingerprint import base_state, fingerprint
+from mace_lora.host import models
 from mace_lora.injection import adapters, inject
 from mace_lora.merging import changes, unload
 
@@ -82,8 +85,6 @@ def extract(
         FoundationModelError: the second is no fine-tuning of the first: other shapes.
         ConfigError: the method has no best adapter that could be computed (only lora and elora do).
     """
-    from mace_lora.host import models
-
     config = config or AdapterConfig.create("lora", targets=("all",))
     base_name = base if isinstance(base, str) else None
     if isinstance(finetuned, str):
@@ -91,10 +92,9 @@ def extract(
     dtype = next(finetuned.parameters()).dtype
     if isinstance(base, str):
         base = models.load(base, dtype=dtype, flag="base")
-    base = models.one_head(base.to(dtype), head)
+    base = models.one_head(deepcopy(base).to(dtype), head)
     start_description = models.describe(finetuned)
-    start = models.specialise(base, start_description)
-    wanted = _same_shapes(start, finetuned)
+    start, wanted = _start(base, finetuned, start_description)
     base_description = {
         "name": base_name,
         "head": head,
@@ -106,6 +106,20 @@ def extract(
     _fit(start, wanted)
     layers = _left_over(start, wanted)
     return Extraction(start, layers, config, base_description, start_description)
+
+
+def _start(
+    base: torch.nn.Module, finetuned: torch.nn.Module, description: dict[str, Any]
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The model that the fine-tuning started from, and the parameters that it led to."""
+    own = models.describe(base)
+    if all(own[key] == description[key] for key in ("atomic_numbers", "heads")):
+        start = deepcopy(base)
+        models.restore_constants(start, description)
+        with contextlib.suppress(FoundationModelError):  # else mace-torch has built it anew
+            return start, _same_shapes(start, finetuned)
+    start = models.specialise(base, description)
+    return start, _same_shapes(start, finetuned)
 
 
 def _same_shapes(start: torch.nn.Module, finetuned: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ def make_adapter(
     seed: int = 0,
     elements: tuple[int, ...] | None = None,
     shift: float = 0.0,
+    std: float = 0.3,
     **options: Any,
 ) -> Path:
     """An adapter of `base`, for some of its elements or all, its E0s moved by `shift` (eV) each."""
@@ -42,7 +43,7 @@ def make_adapter(
     description = {**run, "fingerprint": fingerprint(start)}
     config = AdapterConfig.create(method, **options)
     inject(start, config)
-    randomise_(start, seed)
+    randomise_(start, seed, std)
     origin = {"name": "base", "head": None, **own, "fingerprint": fingerprint(base)}
     artefact.write(folder, config, adapter_parameters(start), origin, description)
     return folder

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    common.check_folder(options.output, "output")
     config = AdapterConfig.create(
         options.method,
         rank=options.rank,

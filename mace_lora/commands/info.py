@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    model = common.load(name, "path")
+    model = common.load(name, "")
     sites, skipped = find_sites(model)
     kinds = Counter(site.layout.kind for site in sites)
     numel = Counter()

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     if not math.isfinite(options.alpha):
         raise ConfigError(f"--alpha={options.alpha}: a finite number is needed")
+    common.check_folder(options.output, "output")
     model = load_adapter(options.base, options.adapter)
     updates = list(changes(model))
     gates = [name for name, adapter in adapters(model) if not adapter.mergeable]

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    common.check_folder(options.output, "output")
     model, exact = unmerge(common.load(options.model, "model"), options.adapter)
     common.save(model, options.output)
     return {

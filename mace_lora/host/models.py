@@ -43,7 +43,7 @@ def load(
         name: a name or a path. A file is a pickle, which can run code: open only those you trust.
         device: where to put it.
         dtype: cast to this precision; None keeps the file's.
-        flag: what messages call it.
+        flag: what messages call it; empty for its name alone.
 
     Raises:
         FoundationModelError: no such file or name, or the file holds no MACE model.
@@ -83,22 +83,22 @@ def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) ->
 
 def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
     path = Path(name).expanduser()
-    flag = f"--{flag}" if flag != "path" else flag
+    called = f"--{flag}={name}" if flag else name
     if not path.is_file():
         raise FoundationModelError(
-            f"{flag}={name}: there is no such file, and no model of that name; "
+            f"{called}: there is no such file, and no model of that name; "
             f"{did_you_mean(name, [MINI, *upstream_names()])}"
         )
     try:
         model = torch.load(path, map_location=device, weights_only=False)
     except Exception as error:  # whatever unpickling a foreign file raises
         raise FoundationModelError(
-            f"{flag}={name}: the file can't be read as a model "
+            f"{called}: the file can't be read as a model "
             f"({type(error).__name__}: {error}); expected a .model file saved by MACE"
         ) from error
     problem = _not_a_mace_model(model)
     if problem:
-        raise FoundationModelError(f"{flag}={name}: {problem}")
+        raise FoundationModelError(f"{called}: {problem}")
     return model
 
 
