@@ -75,7 +75,10 @@ class Errors:
 
 
 def read_frames(
-    path: str | Path, keys: dict[str, str] | None = None, group_by: str = "config_type"
+    path: str | Path,
+    keys: dict[str, str] | None = None,
+    group_by: str = "config_type",
+    most: int | None = None,
 ) -> Frames:
     """Frames of an extended-xyz file (or whatever ASE reads) with their labels.
 
@@ -83,19 +86,30 @@ def read_frames(
         path: the file.
         keys: names of energy, forces and stress in it, where they aren't mace-torch's.
         group_by: the key in `atoms.info` that groups frames.
+        most: read no more frames than this.
 
     Raises:
         DataError: no such file, not readable, empty, or without energies and forces.
     """
-    keys = {**KEYS, **(keys or {})}
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file")
     try:
-        atoms = ase.io.read(path, index=":")
+        atoms = ase.io.read(path, index=":" if most is None else f":{most}")
     except Exception as error:  # ASE raises many kinds for a broken file
         raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     if not atoms:
         raise DataError(f"{path} holds no frames")
+    return frames_of(atoms, str(path), keys, group_by)
+
+
+def frames_of(
+    atoms: list[ase.Atoms],
+    path: str,
+    keys: dict[str, str] | None = None,
+    group_by: str = "config_type",
+) -> Frames:
+    """As `read_frames`, of frames that are read already; `path` is for messages."""
+    keys = {**KEYS, **(keys or {})}
     labels = Values(
         np.array([_label(a, keys["energy"], ()) / len(a) for a in atoms]),
         np.concatenate([_label(a, keys["forces"], (len(a), 3)) for a in atoms]),

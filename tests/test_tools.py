@@ -402,7 +402,7 @@ def test_bad_data(base_file, labelled, tmp_path):
     assert "Empty file" in failure("eval", *flags, tmp_path / "empty.xyz")
     text = failure("eval", *flags, labelled, "--energy_key", "E", "--forces_key", "F")
     assert "no energies under 'E'" in text
-    assert "REF_energy, REF_stress" in text
+    assert "REF_energy, REF_forces, REF_stress" in text
     assert "--batch_size=0" in failure("eval", *flags, labelled, "--batch_size", "0")
     missing = failure("eval", *flags, labelled, "--picture", tmp_path / "no" / "p.png")
     assert "there is no folder" in missing

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ase
 import numpy as np
 import torch
 
@@ -270,6 +271,27 @@ def batch_of(dataset: Any, n_frames: int) -> list[Any]:
     geometric = upstream.module("mace.tools.torch_geometric")
     items = [dataset[i] for i in range(min(n_frames, len(dataset)))]
     return [geometric.Batch.from_data_list(items)] if items else []
+
+
+def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
+    """The first frames of a data set of mace-torch as `ase.Atoms`, labelled by the default keys."""
+    numbers = model.atomic_numbers.cpu()
+    found = []
+    for i in range(min(n_frames, len(dataset))):
+        data = dataset[i]
+        atoms = ase.Atoms(
+            numbers[data.node_attrs.argmax(dim=1)].numpy(),
+            data.positions.numpy(),
+            cell=None if data.cell is None else data.cell.reshape(3, 3).numpy(),
+            pbc=None if data.pbc is None else data.pbc.reshape(3).numpy(),
+        )
+        for name, place in (("energy", atoms.info), ("forces", atoms.arrays)):
+            if getattr(data, name) is not None and float(getattr(data, f"{name}_weight")):
+                place[f"REF_{name}"] = getattr(data, name).numpy()
+        if data.stress is not None and float(data.stress_weight):
+            atoms.info["REF_stress"] = data.stress.reshape(3, 3).numpy()
+        found.append(atoms)
+    return found
 
 
 def frames_to_batch(

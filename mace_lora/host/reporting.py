@@ -1,0 +1,170 @@
+"""What a run leaves for people: a parity picture, and a page with all that a colleague asks."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+
+from mace_lora.config import AdapterConfig
+from mace_lora.evaluation import UNITS, Errors, Frames, errors, frames_of, predict, read_frames
+from mace_lora.host import models, upstream
+from mace_lora.page import Page
+from mace_lora.pictures import parity
+from mace_lora.progress import History
+from mace_lora.report import InjectionReport
+
+# More frames than this of one set are not predicted again for the page
+MOST_FRAMES = 500
+
+
+def write(
+    args: argparse.Namespace,
+    config: AdapterConfig,
+    injected: InjectionReport,
+    history: History,
+    model: torch.nn.Module,
+    valid_sets: dict[str, Any],
+    files: dict[str, str],
+) -> Path:
+    """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
+
+    Args:
+        args: the parsed flags, as upstream takes them.
+        config: the adapter.
+        injected: what was adapted, and the counts.
+        history: validation errors by epoch.
+        model: the merged model of the last stage.
+        valid_sets: validation data sets by head.
+        files: what the run left, and what each is.
+    """
+    folder, name = Path(args.model_dir), args.name
+    sets = [
+        (frames, {name: predict(model, frames, args.valid_batch_size, head)})
+        for head, frames in _labelled(args, model, valid_sets)
+    ]
+    picture = folder / f"{name}_parity.png"
+    if sets:
+        parity(sets, picture, title=f"{name}: predictions of the merged model")
+    page = Page(name, f"{args.foundation_model} fine-tuned with {config.method} by mace-lora")
+    _results(page, args, history, sets, name)
+    page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
+    page.picture(picture, "predictions against labels")
+    _data(page, args, model, sets)
+    _method(page, config, injected)
+    _use(page, args, files)
+    _settings(page, args)
+    path = folder / f"{name}_report.html"
+    page.write(path)
+    return path
+
+
+def _labelled(
+    args: argparse.Namespace, model: torch.nn.Module, valid_sets: dict[str, Any]
+) -> list[tuple[str, Frames]]:
+    """Validation and test frames, some of them where there are many, each with its head."""
+    found = []
+    for head, dataset in valid_sets.items():
+        atoms = models.atoms_of(dataset, model, MOST_FRAMES)
+        label = "validation" if len(valid_sets) == 1 else f"validation, {head}"
+        if atoms:
+            found.append((head, frames_of(atoms, label)))
+    if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
+        keys = {q: getattr(args, f"{q}_key") for q in ("energy", "forces", "stress")}
+        test = read_frames(args.test_file, keys, most=MOST_FRAMES)
+        found.append((list(valid_sets)[-1], test))
+    return found
+
+
+def _results(
+    page: Page, args: argparse.Namespace, history: History, sets: list[Any], name: str
+) -> None:
+    page.section("Results")
+    page.text(f"Validation, before → after: {history.summary()}")
+    rows = []
+    for frames, predictions in sets:
+        for row in errors(frames, predictions[name]):
+            rows.append([frames.name, _label(row), row.count, *_cells(row)])
+    units = [f"{q} {kind}, {UNITS[q]}" for q in UNITS for kind in ("MAE", "RMSE")]
+    used = [i for i in range(len(units)) if any(row[3 + i] for row in rows)]
+    page.table(
+        ["set", "", "frames or atoms", *(units[i] for i in used)],
+        [[*row[:3], *(row[3 + i] for i in used)] for row in rows],
+    )
+
+
+def _label(row: Errors) -> str:
+    return {"all": "all", "group": row.name, "element": f"atoms of {row.name}"}[row.part]
+
+
+def _cells(row: Errors) -> list[str]:
+    return [f"{k[q]:.2f}" if q in k else "" for q in UNITS for k in (row.mae, row.rmse)]
+
+
+def _data(page: Page, args: argparse.Namespace, model: torch.nn.Module, sets: list[Any]) -> None:
+    page.section("Data")
+    elements = ", ".join(chemical_symbols[int(z)] for z in model.atomic_numbers)
+    facts = {"training": args.train_file, "validation": args.valid_file or args.valid_fraction}
+    if args.test_file:
+        facts["test"] = args.test_file
+    facts |= {"elements": elements, "heads": ", ".join(getattr(model, "heads", ["Default"]))}
+    description = models.describe(model)
+    for head, row in zip(description["heads"], description["atomic_energies"] or [], strict=False):
+        pairs = zip(description["atomic_numbers"], row, strict=True)
+        facts[f"E0s (eV), {head}"] = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in pairs)
+    page.facts(facts)
+    shown = sum(len(frames.atoms) for frames, _ in sets)
+    page.text(f"Errors and pictures are of {shown} frames, at most {MOST_FRAMES} of each set.")
+
+
+def _method(page: Page, config: AdapterConfig, injected: InjectionReport) -> None:
+    page.section("Adapter")
+    page.text(injected.counts())
+    default = type(config.options)()
+    changed = {
+        f.name: getattr(config.options, f.name)
+        for f in fields(config.options)
+        if getattr(config.options, f.name) != getattr(default, f.name)
+    }
+    page.facts({"method": config.method, **(changed or {"options": "all as by default"})})
+    rows = [[part, *(f"{n:,}" for n in row)] for part, row in injected.parts.items()]
+    page.table(["part of the model", "parameters", "trained", "adapted layers"], rows)
+    for line in injected.not_adapted():
+        page.text(f"Not adapted: {line}")
+
+
+def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
+    page.section("Files and how to use them")
+    page.table([], list(files.items()))
+    merged = Path(args.model_dir) / f"{args.name}.model"
+    adapter = Path(args.model_dir) / f"{args.name}_adapter"
+    page.code(
+        "# the merged model\n"
+        "from mace.calculators import MACECalculator\n"
+        f'calculator = MACECalculator("{merged}", device="cpu", default_dtype="float64")\n\n'
+        "# the adapter alone, on its foundation model\n"
+        "from mace_lora import MaceLoraCalculator\n"
+        f'calculator = MaceLoraCalculator(base="{args.foundation_model}", adapter="{adapter}")\n\n'
+        "# in a shell\n"
+        f"mace_lora info {adapter}\n"
+        f"mace_create_lammps_model {merged}"
+    )
+
+
+def _settings(page: Page, args: argparse.Namespace) -> None:
+    page.section("Settings")
+    page.code(" ".join(map(shlex.quote, ["mace_run_train", *sys.argv[1:]])))
+    parser = upstream.module("mace.tools.arg_parser").build_default_arg_parser()
+    page.facts(
+        {
+            key: value
+            for key, value in sorted(vars(args).items())
+            if value != parser.get_default(key) and not key.endswith(("_key", "_dir"))
+        }
+    )

@@ -1,0 +1,78 @@
+"""A page of HTML in one file, pictures included, that a browser shows and a mail carries."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mace_lora.files import whole_file
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; }
+h2 { font-size: 1.15rem; border-bottom: 1px solid #d5dbe3; margin-top: 2rem; }
+table { border-collapse: collapse; margin: .6rem 0; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 1px solid #d5dbe3; font-weight: 600; }
+code, pre { font: 13px/1.45 ui-monospace, monospace; background: #f3f5f8; border-radius: 4px; }
+pre { padding: .7rem 1rem; overflow-x: auto; }
+code { padding: .1rem .3rem; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+"""
+
+
+class Page:
+    """A title and sections, in the order in which they are added."""
+
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self._title = title
+        self._parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(subtitle)}</p>"]
+
+    def section(self, heading: str) -> None:
+        self._parts.append(f"<h2>{escape(heading)}</h2>")
+
+    def text(self, text: str) -> None:
+        self._parts.append(f"<p>{escape(text)}</p>")
+
+    def code(self, text: str) -> None:
+        self._parts.append(f"<pre>{escape(text)}</pre>")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """The first column flush left, the others flush right; an empty `head` for none."""
+        lines = []
+        if head:
+            lines.append("<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>")
+        for row in rows:
+            lines.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>")
+        self._parts.append("<table>" + "\n".join(lines) + "</table>")
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """Names and values, all flush left."""
+        rows = "\n".join(
+            f"<tr><td>{escape(k)}</td><td style='text-align:left'><code>{escape(str(v))}</code></td>"
+            for k, v in facts.items()
+        )
+        self._parts.append(f"<table>{rows}</table>")
+
+    def picture(self, path: Path, alt: str) -> None:
+        """A PNG, embedded; nothing where the file is missing."""
+        if path.exists():
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            source = f"data:image/png;base64,{data}"
+            self._parts.append(f'<img alt="{escape(alt)}" src="{source}">')
+
+    def write(self, path: Path) -> None:
+        """Write the page whole or not at all."""
+        body = "\n".join(self._parts)
+        text = (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{escape(self._title)}</title><style>{_STYLE}</style></head>\n"
+            f"<body>\n{body}\n</body></html>\n"
+        )
+        with whole_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
