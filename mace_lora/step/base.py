@@ -1,0 +1,38 @@
+"""What every way to compute a step has in common."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+import torch
+
+from mace_lora.errors import MaceLoraError
+
+
+class CannotServe(MaceLoraError, RuntimeError):
+    """A way can't compute this model on this machine; the message says why."""
+
+
+class Way:
+    """Eager: the model as it is. The other ways derive from this one.
+
+    Class facts:
+        name: its value of `--step`.
+    """
+
+    name: ClassVar[str] = "eager"
+
+    def active(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """The model computes this way for the length of a block, with the same results.
+
+        Raises:
+            CannotServe: on entering, with the model untouched.
+        """
+        return contextlib.nullcontext()
+
+
+def modules_of(model: torch.nn.Module) -> tuple[int, ...]:
+    """Changes when adapters are injected into `model`, merged, or its modules exchanged."""
+    return tuple(id(module) for module in model.modules())
