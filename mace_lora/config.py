@@ -8,6 +8,12 @@ from typing import Any
 from mace_lora.adapters.registry import get_method
 from mace_lora.errors import ConfigError, did_you_mean
 
+# How a step is computed: name -> for whom
+WAYS: dict[str, str] = {
+    "auto": "the one that is expected to be fastest for this run and machine",
+    "eager": "mace-torch's own operations",
+    "fused": "on a CPU: kernels for the products of MACE",
+}
 # Options that say how factors are trained, not what they mean
 _FREE_TO_CHANGE = {"dropout", "lr_ratio", "init"}
 
@@ -40,7 +46,18 @@ class RunOptions:
         },
     )
 
+    step: str = field(
+        default="auto",
+        metadata={
+            "help": "how steps and evaluations are computed, with the same results: "
+            + "; ".join(f"{k}: {v}" for k, v in WAYS.items()),
+            "choices": tuple(WAYS),
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.step not in WAYS:
+            raise ConfigError(f"--step={self.step}: {did_you_mean(self.step, WAYS)}")
         if self.warmup_steps < 0:
             raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
         if self.accumulate < 1:

@@ -14,6 +14,7 @@ import torch
 from mace_lora.config import RunOptions
 from mace_lora.errors import Diverged
 from mace_lora.host import upstream
+from mace_lora.host.speed import Speed
 from mace_lora.host.steps import Steps
 from mace_lora.injection import adapters
 from mace_lora.progress import History, ProgressBar
@@ -31,6 +32,7 @@ class Training:
     def __init__(self, args: argparse.Namespace, title: str, options: RunOptions) -> None:
         self.args = args
         self.options = options
+        self.speed = Speed(options.step)
         self.steps = Steps(options, 1)
         self.title = title
         self.valid_sets: list[Any] = []
@@ -40,6 +42,7 @@ class Training:
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
         return {
+            **self.speed.substitutes(),
             "params_options": self.params_options,
             "lbfgs": self.lbfgs,
             "ema": self.ema,
@@ -124,10 +127,8 @@ class Training:
             logging.warning(f"no learning curve: {type(error).__name__}: {error}")
 
     def take_step(self, **keywords: Any) -> Any:
-        """Upstream's step, seen by the bar; effective weights are computed once per step."""
-        original = upstream.original("take_step")
-        with torch.nn.utils.parametrize.cached():
-            loss, metrics = self.steps.take(original, **keywords)
+        """Upstream's step, computed the chosen way and seen by the bar."""
+        loss, metrics = self.steps.take(self.speed.take_step, **keywords)
         self._check_finite(metrics["loss"], "training loss")
         if self.bar is not None:
             self.bar.step(float(metrics["loss"]))

@@ -34,7 +34,8 @@ class Name:
     parameters: tuple[str, ...] | None = ()
 
 
-# key -> name; the reason for each substitute stands beside it in session.py, training.py, saving.py
+# key -> name; the reason for each substitute stands beside it in session.py, training.py,
+# speed.py and saving.py
 NAMES: dict[str, Name] = {
     "inject": Name(_RUN, "inject_LoRAs", ("model", "rank", "alpha")),
     "merge": Name(_RUN, "merge_lora_weights", ("model",)),
@@ -59,6 +60,11 @@ NAMES: dict[str, Name] = {
     "checkpoints": Name("mace.tools", "CheckpointHandler", ()),
     "log_errors": Name("mace.tools.train", "valid_err_log", ("eval_metrics", "epoch")),
     "take_step": Name("mace.tools.train", "take_step", ("model", "batch", "optimizer", "ema")),
+    "step_of_lbfgs": Name("mace.tools.train", "take_step_lbfgs", ("model", "data_loader")),
+    "evaluate": Name("mace.tools.train", "evaluate", ("model", "loss_fn", "data_loader")),
+    "evaluate_at_the_end": Name(
+        "mace.tools.tables_utils", "evaluate", ("model", "loss_fn", "data_loader")
+    ),
     "load_xyz": Name("mace.data", "load_from_xyz", ("file_path", "key_specification")),
     "estimate_e0s": Name("mace.data", "estimate_e0s_from_foundation", ("foundation_model",)),
     "save": Name("torch", "save", ("obj", "f")),

@@ -5,7 +5,7 @@ call gives the same numbers, with the same gradients, sooner. Loss, clipping, op
 and metrics stay mace-torch's own, so that every option of theirs works with every way.
 
     eager      mace-torch's own operations; effective weights computed once per step
-    fused      CPU: kernels for the products of MACE, no TorchScript; any shapes, nothing to wait for
+    fused      CPU: kernels for the products of MACE, no TorchScript; any shapes, no waiting
     compile    fused, and the rest of the step as one graph through inductor; few fixed shapes
     cudagraph  CUDA: forward and backward captured once per shape and replayed
 """

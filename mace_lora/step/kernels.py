@@ -1,16 +1,18 @@
-"""The two products of a MACE model as operators of torch, with all derivatives that training needs.
+"""The two products of MACE as operators of torch, with all derivatives that training needs.
 
-`conv`, the messages of neighbours: with x: (nodes, irreps of x), y: (edges, irreps of y, one channel
-each), w: (edges, paths x channels) and Clebsch-Gordan coefficients C,
+`conv`, the messages of neighbours: with x: (nodes, irreps of x), y: (edges, irreps of y), one
+channel each, w: (edges, paths x channels) and Clebsch-Gordan coefficients C,
 
-    M[r, u, k] = sum over edges s -> r, paths p, components i, j of C_pijk x[s, u, i] y[e, j] w[e, p, u].
+    M[r, u, k] = sum over edges e = s -> r, paths p, components i, j of
+                 C[p, i, j, k] x[s, u, i] y[e, j] w[e, p, u].
 
 Q = <g, M> is a form, linear in each of x, y, w and g. M is its derivative by g, the gradients are
 its derivatives by x, y and w, and their derivatives are derivatives of Q again, with one argument
 exchanged. So one operator, told by which argument to differentiate, is closed under autograd.
 
-`contract`, the symmetric contraction: a polynomial of third order in x: (atoms, channels, n_x), with
-coefficients p: (elements, terms, channels). Training on forces needs its first two derivatives.
+`contract`, the symmetric contraction: a polynomial of third order in x: (atoms, channels, n_x),
+with coefficients p: (elements, terms, channels). Training on forces needs its first two
+derivatives.
 
 The C++ behind them is `csrc/products.cpp`. Layouts of features are e3nn's throughout.
 """

@@ -6,6 +6,7 @@ and can't be traced into a graph. The functions here give the same numbers from 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,16 +39,17 @@ def _slices(irreps: o3.Irreps) -> list[tuple[slice, int, int]]:
 
 def _join(parts: list[list[Tensor]], sizes: list[int], like: Tensor) -> Tensor:
     """The sum of each irrep's contributions, (n, columns), side by side; zeros where none is."""
-    blocks = []
-    for contributions, size in zip(parts, sizes, strict=True):
-        total = sum(contributions) if contributions else like.new_zeros(like.shape[0], size)
-        blocks.append(total)
+    n = like.shape[0]
+    blocks = [
+        functools.reduce(torch.add, contributions) if contributions else like.new_zeros(n, size)
+        for contributions, size in zip(parts, sizes, strict=True)
+    ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
 def _is_plain_linear(module: o3.Linear) -> bool:
     n_paths = sum(i.path_shape[0] * i.path_shape[1] for i in module.instructions if i.i_in != -1)
-    return module.internal_weights and module.weight.numel() == n_paths
+    return module.internal_weights and module.weight.numel() == n_paths > 0
 
 
 def _linear(module: o3.Linear) -> Forward:
@@ -91,6 +93,7 @@ def _is_selector(module: o3.TensorProduct) -> bool:
     return (
         module.internal_weights
         and module.shared_weights
+        and module.weight.numel() > 0
         and all(ir.l == 0 for _, ir in module.irreps_in2)
         and all(i.connection_mode == "uvw" and i.has_weight for i in module.instructions)
     )

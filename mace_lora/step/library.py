@@ -17,9 +17,9 @@ from mace_lora.files import whole_file
 
 # Reassociation lets sums over channels be vectors; NaN and infinity keep their meaning.
 _FLAGS = (
-    "-std=c++17 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-fassociative-math"
-).split()
+    *("-std=c++17", "-O3", "-fPIC", "-shared"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
 
 
 class NoCompiler(MaceLoraError, RuntimeError):

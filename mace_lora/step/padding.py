@@ -65,7 +65,7 @@ def plan(batches: Iterable[tuple[int, int, int]]) -> tuple[list[Shape], float]:
     waste = 0.0
     for count in range(1, MOST_SHAPES + 1):
         cuts = sorted({(len(found) * i) // count for i in range(1, count + 1)} - {0})
-        shapes = [_around_all(found[: cut]) for cut in cuts]
+        shapes = [_around_all(found[:cut]) for cut in cuts]
         padded = sum(next(s.edges for s in shapes if _holds(s, b)) for b in found)
         waste = 1 - sum(b[0] for b in found) / max(1, padded)
         if waste <= WASTE:

@@ -27,26 +27,15 @@ class Convolution(torch.nn.Module):
 
     def __init__(self, product: o3.TensorProduct) -> None:
         super().__init__()
-        self.channels = product.irreps_in1[0].mul
         paths, entries, values = [], [], []
+        irreps = (product.irreps_in1, product.irreps_in2, product.irreps_out)
         for ins in product.instructions:
-            starts = [
-                sum(ir.dim for _, ir in irreps[:i])
-                for irreps, i in (
-                    (product.irreps_in1, ins.i_in1),
-                    (product.irreps_in2, ins.i_in2),
-                    (product.irreps_out, ins.i_out),
-                )
-            ]
-            irs = (
-                product.irreps_in1[ins.i_in1].ir,
-                product.irreps_in2[ins.i_in2].ir,
-                product.irreps_out[ins.i_out].ir,
-            )
-            coefficients = ins.path_weight * o3.wigner_3j(*(ir.l for ir in irs), dtype=torch.float64)
+            chosen = list(zip(irreps, (ins.i_in1, ins.i_in2, ins.i_out), strict=True))
+            degrees = [factors[i].ir.l for factors, i in chosen]
+            coefficients = ins.path_weight * o3.wigner_3j(*degrees, dtype=torch.float64)
             found = coefficients.nonzero()
-            sizes = [size for start, ir in zip(starts, irs, strict=True) for size in (start, ir.dim)]
-            paths.append([*sizes, len(entries), len(entries) + len(found)])
+            places = [n for f, i in chosen for n in (_components(f[:i]), f[i].ir.dim)]
+            paths.append([*places, len(entries), len(entries) + len(found)])
             entries += found.tolist()
             values += coefficients[tuple(found.T)].tolist()
         self.register_buffer("paths", torch.tensor(paths))
@@ -54,13 +43,7 @@ class Convolution(torch.nn.Module):
         self.register_buffer("values", torch.tensor(values, dtype=torch.float64))
         self.register_buffer("x_blocks", _blocks(product.irreps_in1))
         self.register_buffer("out_blocks", _blocks(product.irreps_out))
-        self.sizes = [
-            self.channels,
-            *(
-                sum(ir.dim for _, ir in irreps)
-                for irreps in (product.irreps_in1, product.irreps_in2, product.irreps_out)
-            ),
-        ]
+        self.sizes = [product.irreps_in1[0].mul, *(_components(f) for f in irreps)]
 
     def forward(self, x: Tensor, y: Tensor, w: Tensor, edge_index: Tensor) -> Tensor:
         """x: (nodes, ...), y: (edges, ...), w: (edges, ...) -> messages (nodes, ...)."""
@@ -82,6 +65,11 @@ class Convolution(torch.nn.Module):
             and all(i.connection_mode == "uvu" and i.has_weight for i in product.instructions)
             and max(ir.l for _, ir in [*product.irreps_in1, *product.irreps_out]) <= 15
         )
+
+
+def _components(irreps: o3.Irreps) -> int:
+    """Components of one channel."""
+    return sum(ir.dim for _, ir in irreps)
 
 
 def _blocks(irreps: o3.Irreps) -> Tensor:

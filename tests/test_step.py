@@ -1,0 +1,196 @@
+"""Ways to compute a step: every one gives the numbers of eager, in every kind of model and run."""
+
+from __future__ import annotations
+
+import json
+
+import ase
+import numpy as np
+import pytest
+import torch
+import zoo
+from conftest import ethanol, run_command
+
+from mace_lora.config import AdapterConfig
+from mace_lora.host.models import frames_to_batch
+from mace_lora.injection import adapter_parameters, inject
+from mace_lora.merging import merge
+from mace_lora.step.base import Way
+from mace_lora.step.fusing import Fused
+from mace_lora.testing import outputs, randomise_, worst
+
+METHODS = {
+    "lora": {"targets": ("all",)},
+    "elora": {},
+    "dora": {"targets": ("all",)},
+    "mmea": {},
+}
+
+
+def molecules() -> list[ase.Atoms]:
+    """Molecules of several sizes, with labels."""
+    frames = ethanol("train", 4)
+    for frame, n in zip(frames, (9, 7, 5, 8), strict=True):
+        del frame[n:]
+    return frames
+
+
+def crystals() -> list[ase.Atoms]:
+    """Periodic cells of different sizes, with energies, forces and stresses."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for n, box in ((2, 3.1), (1, 2.6)):
+        unit = ase.Atoms("CO", [[0, 0, 0], [0.5 * box] * 3], cell=[box] * 3, pbc=True)
+        frame = unit.repeat((n, 1, 1))
+        frame.positions += 0.1 * rng.normal(size=frame.positions.shape)
+        frame.info["REF_energy"] = -3.0 * len(frame)
+        frame.info["REF_stress"] = 0.01 * rng.normal(size=6)
+        frame.arrays["REF_forces"] = rng.normal(size=frame.positions.shape)
+        frames.append(frame)
+    return frames
+
+
+FRAMES = {"one molecule": lambda: ethanol("train", 3), "mixed": molecules, "periodic": crystals}
+
+
+def adapted(model: torch.nn.Module, method: str = "lora") -> torch.nn.Module:
+    inject(model, AdapterConfig.create(method, **METHODS[method]))
+    randomise_(model, std=0.1)
+    return model
+
+
+def step(way: Way, model: torch.nn.Module, batch, stress: bool = False, training: bool = True):
+    """(outputs, gradients of the adapters) of one batch, with a weight on every output."""
+    parameters = adapter_parameters(model)
+    with way.active(model):
+        found = model(batch.to_dict(), training=training, compute_stress=stress)
+        keys = [k for k in ("energy", "forces", "stress", "dipole") if found.get(k) is not None]
+        if not training:
+            return {k: found[k].detach() for k in keys}, {}
+        loss = sum(
+            (found[k] * torch.linspace(0.5, 1.5, found[k].numel()).view_as(found[k])).sum()
+            for k in keys
+        )
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters, gradients, strict=True)
+    return {k: found[k].detach() for k in keys}, {k: g for k, g in pairs if g is not None}
+
+
+def differs(one, other) -> float:
+    """The largest difference, relative to the largest value of the same tensor."""
+    assert one.keys() == other.keys()
+    return max(
+        ((one[k] - other[k]).abs().max() / one[k].abs().max().clamp_min(1e-12)).item() for k in one
+    )
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_fused_gives_the_gradients_of_eager_in_every_model(build, name):
+    model = adapted(build(name))
+    batch = frames_to_batch(ethanol("train", 2), model)
+    expected, found = step(Way(), model, batch), step(Fused(), model, batch)
+    assert differs(expected[0], found[0]) < 1e-10
+    assert differs(expected[1], found[1]) < 1e-10
+
+
+@pytest.mark.parametrize("frames", FRAMES.values(), ids=FRAMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_gives_the_gradients_of_eager_for_every_method(build, method, frames):
+    model = adapted(build("high_order"), method)
+    batch = frames_to_batch(frames(), model)
+    stress = bool(batch.to_dict()["pbc"].any())
+    expected, found = (step(way, model, batch, stress) for way in (Way(), Fused()))
+    assert ("stress" in expected[0]) == stress
+    assert differs(expected[0], found[0]) < 1e-10
+    assert differs(expected[1], found[1]) < 1e-10
+
+
+def test_fused_in_float32(model, frames):
+    model = adapted(model).float()
+    batch = frames_to_batch(frames, model)
+    expected, found = step(Way(), model, batch), step(Fused(), model, batch)
+    assert found[0]["forces"].dtype == torch.float32
+    assert differs(expected[0], found[0]) < 1e-4
+    assert differs(expected[1], found[1]) < 1e-4
+
+
+def test_fused_evaluates_like_eager(model, frames):
+    model = adapted(model)
+    batch = frames_to_batch(frames, model)
+    expected, found = (step(way, model, batch, training=False) for way in (Way(), Fused()))
+    assert differs(expected[0], found[0]) < 1e-10
+
+
+def test_not_a_number_is_not_hidden(model, frames):
+    """A diverged weight must show, or divergence is not noticed."""
+    model = adapted(model)
+    batch = frames_to_batch(frames, model)
+    with torch.no_grad():
+        next(iter(adapter_parameters(model).values())).fill_(float("nan"))
+    found, _ = step(Fused(), model, batch)
+    assert not torch.isfinite(found["energy"]).any()
+
+
+def test_the_model_is_itself_outside_of_a_way(model, frames):
+    model = adapted(model)
+    state, code = set(model.state_dict()), [vars(m).get("forward") for m in model.modules()]
+    way = Fused()
+    with pytest.raises(RuntimeError, match="in the middle"), way.active(model):
+        raise RuntimeError("in the middle")
+    assert set(model.state_dict()) == state
+    assert [vars(m).get("forward") for m in model.modules()] == code
+    assert not any(hasattr(block, "conv_fusion") for block in model.interactions)
+
+
+def test_a_way_follows_merging(model, frames):
+    """The same model object, before and after its adapters are merged."""
+    model, way = adapted(model), Fused()
+    with way.active(model):
+        before = outputs(model, frames)
+    merge(model)
+    with way.active(model):
+        assert worst(before, outputs(model, frames)) < 1e-10
+    assert worst(before, outputs(model, frames)) < 1e-10
+
+
+def run_with(way: str, folder, flags, foundation):
+    (folder / way).mkdir()
+    return run_command(
+        *flags, f"--foundation_model={foundation}", "--lora=True", f"--step={way}", cwd=folder / way
+    )
+
+
+def models_of(folder, *ways: str):
+    return [torch.load(folder / way / "run.model", weights_only=False) for way in ways]
+
+
+def test_a_run_gives_the_same_model_every_way(tmp_path, train_flags, foundation, frames):
+    """Ten epochs with EMA, clipping and stage two: the losses of 20 steps, and the saved models."""
+    flags = [*train_flags, "--max_num_epochs=10", "--ema", "--swa", "--start_swa=8", "--amsgrad"]
+    logs = {}
+    for way in ("eager", "fused"):
+        run_with(way, tmp_path, flags, foundation)
+        lines = (tmp_path / way / "results" / "run_run-1_train.txt").read_text().splitlines()
+        logs[way] = [row["loss"] for row in map(json.loads, lines)]
+    assert len(logs["eager"]) > 30
+    assert logs["fused"] == pytest.approx(logs["eager"], rel=1e-8)
+    one, other = models_of(tmp_path, "eager", "fused")
+    assert worst(outputs(one, frames), outputs(other, frames)) < 1e-8
+
+
+def test_losses_that_pick_rows_and_lbfgs(tmp_path, train_flags, foundation, frames):
+    flags = [*train_flags, "--loss=universal", "--lbfgs", "--max_num_epochs=1"]
+    for way in ("eager", "fused"):
+        run_with(way, tmp_path, flags, foundation)
+    one, other = models_of(tmp_path, "eager", "fused")
+    assert worst(outputs(one, frames), outputs(other, frames)) < 1e-7
+
+
+def test_without_a_compiler_a_run_goes_on_in_eager(tmp_path, train_flags, foundation, monkeypatch):
+    monkeypatch.setenv("MACE_LORA_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = [*train_flags, "--max_num_epochs=1"]
+    done = run_with("fused", tmp_path, flags, foundation)
+    assert done.stdout.count("--step=fused can't serve this run, which goes on in eager") == 1
+    assert "no C++ compiler" in done.stdout
