@@ -113,6 +113,7 @@ class Training:
         steps = len(keywords["train_loader"])
         self.steps = Steps(self.options, steps)
         epochs = max(0, keywords["max_num_epochs"] - keywords["start_epoch"])
+        self.speed.plan(keywords["train_loader"], keywords["valid_loaders"], epochs)
         original = upstream.original("train")
         with ProgressBar(epochs * steps, steps, enabled=keywords.get("rank", 0) == 0) as self.bar:
             original(**keywords)

@@ -20,9 +20,12 @@ class Way:
 
     Class facts:
         name: its value of `--step`.
+        caches_weights: effective weights may be kept from one call of the model to the next, as
+            long as no parameter changes.
     """
 
     name: ClassVar[str] = "eager"
+    caches_weights: ClassVar[bool] = True
 
     def active(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """The model computes this way for the length of a block, with the same results.

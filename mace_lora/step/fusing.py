@@ -28,6 +28,7 @@ class Fusion:
     """
 
     def __init__(self, model: torch.nn.Module, *, kernels: bool = True) -> None:
+        self.name = "fused" if kernels else "eager"
         self.products = torch.nn.ModuleList()
         self._blocks: list[torch.nn.Module] = []
         self._forwards: list[tuple[torch.nn.Module, Forward]] = []

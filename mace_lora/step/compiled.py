@@ -1,0 +1,135 @@
+"""The way "compile": forward and backward as two graphs, compiled by inductor for a few shapes.
+
+Inductor keeps what it compiles in the cache folder. The graphs hold no weights, so every later run
+of the same architecture and shape finds them there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mace_lora.files import whole_file
+from mace_lora.step import library
+from mace_lora.step.base import CannotServe
+from mace_lora.step.padding import Data, Shape
+from mace_lora.step.static import Recorded, Static
+from mace_lora.step.tracing import Flags, Inputs, trace
+
+Runner = Callable[[list[Tensor]], Sequence[Tensor]]
+# Seconds to compile one shape that this machine has not compiled yet: MACE-OFF23 medium, 2 cores
+UNKNOWN_SECONDS = 120.0
+
+
+class Compiled(Static):
+    """Training and evaluation as graphs compiled by inductor."""
+
+    name = "compile"
+
+    def record(
+        self, inputs: Inputs, data: Data, shape: Shape, flags: Flags, training: bool
+    ) -> Recorded:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(library.cache_folder() / "inductor"))
+        what = "training step" if training else "evaluation"
+        logging.info(
+            f"Compiling the {what} for up to {shape.structures - 1} structures, "
+            f"{shape.atoms - 1} atoms, {shape.edges} edges; minutes the first time ..."
+        )
+        start = time.perf_counter()
+        try:
+            graph = Graph(inputs, data, flags, training)
+        except Exception as error:  # whatever tracing or compiling an unknown model raises
+            text = " ".join(str(error).split())[-300:]
+            raise CannotServe(f"{type(error).__name__}: {text}") from error
+        seconds = time.perf_counter() - start
+        logging.info(
+            f"Compiled the {what} in {seconds:.0f} s ({graph.seconds_to_trace:.0f} s to trace it)"
+        )
+        if training:
+            _remember(_key(inputs.whole.model, shape), seconds)
+        return graph
+
+
+def expected_seconds(model: torch.nn.Module, shapes: Iterable[Shape]) -> float:
+    """What compiling the training step will cost: as long as last time, if there was one."""
+    known = _costs()
+    return sum(known.get(_key(model, shape), UNKNOWN_SECONDS) for shape in shapes)
+
+
+def _key(model: torch.nn.Module, shape: Shape) -> str:
+    tensors = [(n, tuple(p.shape), str(p.dtype)) for n, p in model.named_parameters()]
+    text = repr((tensors, shape, torch.__version__))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _costs_file() -> Path:
+    return library.cache_folder() / "compile_seconds.json"
+
+
+def _costs() -> dict[str, float]:
+    try:
+        return json.loads(_costs_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(key: str, seconds: float) -> None:
+    with whole_file(_costs_file()) as temporary:
+        temporary.write_text(json.dumps({**_costs(), key: round(seconds, 1)}))
+
+
+class Graph(Recorded):
+    """One compiled shape; `forward` also gives what `backward` needs of it."""
+
+    def __init__(self, inputs: Inputs, data: Data, flags: Flags, training: bool) -> None:
+        start = time.perf_counter()
+        joint, example, self.names = trace(inputs, data, flags, training=training)
+        self.seconds_to_trace = time.perf_counter() - start
+        self._saved: list[Tensor] = []
+        if training:
+            self._forward, self._backward = _compile_pair(joint, example, len(self.names))
+        else:
+            self._forward = _compile(joint, example)
+
+    def forward(self, inputs: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        with torch.no_grad():
+            found = self._forward(inputs)
+        n = len(self.names)
+        return found[:n], found[n:]
+
+    def backward(self, kept: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self._backward([*kept, *cotangents])
+
+
+def _compile_pair(
+    joint: torch.fx.GraphModule, example: list[Tensor], n_results: int
+) -> tuple[Runner, Runner]:
+    """The joint graph of forward and backward, cut where least has to be kept in between."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    n_primals = len(example) - n_results
+    for i, node in enumerate(joint.graph.find_nodes(op="placeholder")):
+        # the partitioner knows inputs and cotangents by these names
+        kind, number = ("primals", i) if i < n_primals else ("tangents", i - n_primals)
+        node.name = node.target = f"{kind}_{number + 1}"
+    joint.recompile()
+    first, second = min_cut_rematerialization_partition(joint, example, num_fwd_outputs=n_results)
+    forward = _compile(first, example[:n_primals])
+    with torch.no_grad():
+        kept = forward(list(example[:n_primals]))[n_results:]
+    return forward, _compile(second, [*kept, *example[n_primals:]], backward=True)
+
+
+def _compile(graph: torch.fx.GraphModule, example: list[Tensor], backward: bool = False) -> Runner:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with torch.no_grad():
+        return compile_fx_inner(graph, example, is_backward=backward)
