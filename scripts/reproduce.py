@@ -183,6 +183,9 @@ def main() -> None:
     except runs.Interrupted as message:
         print(f"{message}; give the same command again to continue")
         sys.exit(runs.REQUEUE)
+    except KeyboardInterrupt:
+        print("stopped; give the same command again to continue")
+        sys.exit(130)
     except MaceLoraError as error:
         sys.exit(f"error: {error}")
     print((planned.out / "table.md").read_text(encoding="utf-8"))
