@@ -16,11 +16,12 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; m
 h1 { font-size: 1.6rem; margin-bottom: .2rem; }
 h2 { font-size: 1.15rem; border-bottom: 1px solid #d5dbe3; margin-top: 2rem; }
 table { border-collapse: collapse; margin: .6rem 0; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
+.name { white-space: nowrap; }
+.number { text-align: right; }
 th { border-bottom: 1px solid #d5dbe3; font-weight: 600; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; background: #f3f5f8; border-radius: 4px; }
-pre { padding: .7rem 1rem; overflow-x: auto; }
+pre { padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { padding: .1rem .3rem; overflow-wrap: anywhere; }
 img { max-width: 100%; }
 """
@@ -42,20 +43,26 @@ class Page:
     def code(self, text: str) -> None:
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """The first column flush left, the others flush right; an empty `head` for none."""
-        lines = []
-        if head:
-            lines.append("<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>")
-        for row in rows:
-            lines.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>")
-        self._parts.append("<table>" + "\n".join(lines) + "</table>")
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+        """The first `left` columns flush left, the others flush right; no `head` if it is empty."""
+        lines = [("th", head)] if head else []
+        lines += [("td", row) for row in rows]
+        text = "\n".join(
+            "<tr>"
+            + "".join(
+                f"<{tag} class={'name' if i < left else 'number'}>{escape(str(cell))}</{tag}>"
+                for i, cell in enumerate(cells)
+            )
+            + "</tr>"
+            for tag, cells in lines
+        )
+        self._parts.append(f"<table>{text}</table>")
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Names and values, all flush left."""
         rows = "\n".join(
-            f"<tr><td>{escape(k)}</td><td style='text-align:left'><code>{escape(str(v))}</code></td>"
-            for k, v in facts.items()
+            f"<tr><td class=name>{escape(key)}</td><td><code>{escape(str(value))}</code></td></tr>"
+            for key, value in facts.items()
         )
         self._parts.append(f"<table>{rows}</table>")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import ase.io
@@ -67,6 +69,8 @@ def test_exactly_these_files_are_left(run):
         "run_adapter/adapter_model.safetensors",
         "run_adapter/adapter_config.json",
         "run_learning_curve.png",
+        "run_parity.png",
+        "run_report.html",
         "results/run_run-1_train.txt",
         "logs/run_run-1.log",
         "logs/run_run-1_debug.log",
@@ -90,6 +94,48 @@ def test_the_log_says_what_happened(run):
     assert float(merged[1]) < 1e-7
     trainable = re.search(r"Trainable parameters: [\d,]+ before, ([\d,]+) after", log)[1]
     assert f"Model with LoRA has {trainable.replace(',', '')} trainable parameters" in log
+
+
+def test_the_page_for_people(run):
+    """Well-formed, complete in one file, with the numbers of the log and of the model."""
+    folder, log = run
+    text = (folder / "run_report.html").read_text()
+    page = Reader()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.pictures) == 2
+    for source, name in zip(page.pictures, ("learning_curve", "parity"), strict=True):
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data) == (folder / f"run_{name}.png").read_bytes()
+    trainable = re.search(r"Trainable parameters: [\d,]+ before, ([\d,]+) after", log)[1]
+    assert f"{trainable} after injecting lora" in text
+    before_and_after = re.search(r"Validation, before -> after: (.*)", log)[1]
+    assert before_and_after.replace("->", "→") in text
+    model, labels = load(folder / "run.model"), ase.io.read(FRAMES, index=":5")
+    truth = np.concatenate([a.arrays["REF_forces"] for a in labels])
+    error = 1e3 * np.abs(outputs(model, labels)["forces"].numpy() - truth).mean()
+    assert f"<td class=number>{error:.2f}</td>" in text
+    for words in ("(10 frames)", "H, C, O", "run_adapter", "run_report.html", "foundation_model"):
+        assert words in text
+
+
+class Reader(HTMLParser):
+    """Tags that are still open, and the sources of the pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
 
 def test_the_adapter_holds_the_factors_alone(run, foundation):

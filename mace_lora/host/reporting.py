@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,41 +27,44 @@ MOST_FRAMES = 500
 
 def write(
     args: argparse.Namespace,
+    given: dict[str, Any],
+    n_training: int,
     config: AdapterConfig,
     injected: InjectionReport,
     history: History,
     model: torch.nn.Module,
     valid_sets: dict[str, Any],
-    files: dict[str, str],
+    files: Callable[[], dict[str, str]],
 ) -> Path:
     """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
 
     Args:
         args: the parsed flags, as upstream takes them.
+        given: the same before upstream has filled them in.
+        n_training: number of training frames.
         config: the adapter.
         injected: what was adapted, and the counts.
         history: validation errors by epoch.
         model: the merged model of the last stage.
         valid_sets: validation data sets by head.
-        files: what the run left, and what each is.
+        files: gives what the run left, and what each is.
     """
     folder, name = Path(args.model_dir), args.name
     sets = [
         (frames, {name: predict(model, frames, args.valid_batch_size, head)})
         for head, frames in _labelled(args, model, valid_sets)
     ]
-    picture = folder / f"{name}_parity.png"
+    picture, path = folder / f"{name}_parity.png", folder / f"{name}_report.html"
     if sets:
         parity(sets, picture, title=f"{name}: predictions of the merged model")
     page = Page(name, f"{args.foundation_model} fine-tuned with {config.method} by mace-lora")
     _results(page, args, history, sets, name)
     page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
     page.picture(picture, "predictions against labels")
-    _data(page, args, model, sets)
+    _data(page, args, n_training, model, sets)
     _method(page, config, injected)
-    _use(page, args, files)
-    _settings(page, args)
-    path = folder / f"{name}_report.html"
+    _use(page, args, {**files(), str(path): "this page"})
+    _settings(page, given)
     page.write(path)
     return path
 
@@ -86,7 +90,7 @@ def _results(
     page: Page, args: argparse.Namespace, history: History, sets: list[Any], name: str
 ) -> None:
     page.section("Results")
-    page.text(f"Validation, before → after: {history.summary()}")
+    page.text(f"Validation, before → after: {history.summary().replace('->', '→')}")
     rows = []
     for frames, predictions in sets:
         for row in errors(frames, predictions[name]):
@@ -96,6 +100,7 @@ def _results(
     page.table(
         ["set", "", "frames or atoms", *(units[i] for i in used)],
         [[*row[:3], *(row[3 + i] for i in used)] for row in rows],
+        left=2,
     )
 
 
@@ -107,10 +112,13 @@ def _cells(row: Errors) -> list[str]:
     return [f"{k[q]:.2f}" if q in k else "" for q in UNITS for k in (row.mae, row.rmse)]
 
 
-def _data(page: Page, args: argparse.Namespace, model: torch.nn.Module, sets: list[Any]) -> None:
+def _data(
+    page: Page, args: argparse.Namespace, n_training: int, model: torch.nn.Module, sets: list[Any]
+) -> None:
     page.section("Data")
     elements = ", ".join(chemical_symbols[int(z)] for z in model.atomic_numbers)
-    facts = {"training": args.train_file, "validation": args.valid_file or args.valid_fraction}
+    facts = {"training": f"{args.train_file} ({n_training} frames)"}
+    facts["validation"] = args.valid_file or f"{args.valid_fraction:g} of the training file"
     if args.test_file:
         facts["test"] = args.test_file
     facts |= {"elements": elements, "heads": ", ".join(getattr(model, "heads", ["Default"]))}
@@ -141,13 +149,15 @@ def _method(page: Page, config: AdapterConfig, injected: InjectionReport) -> Non
 
 def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
     page.section("Files and how to use them")
-    page.table([], list(files.items()))
-    merged = Path(args.model_dir) / f"{args.name}.model"
-    adapter = Path(args.model_dir) / f"{args.name}_adapter"
+    page.table([], list(files.items()), left=2)
+    folder = Path(args.model_dir)
+    stage = "_stagetwo" if (folder / f"{args.name}_stagetwo.model").exists() else ""
+    merged = folder / f"{args.name}{stage}.model"
+    adapter = folder / f"{args.name}{stage}_adapter"
     page.code(
         "# the merged model\n"
         "from mace.calculators import MACECalculator\n"
-        f'calculator = MACECalculator("{merged}", device="cpu", default_dtype="float64")\n\n'
+        f'calculator = MACECalculator("{merged}", device="cpu", default_dtype="{args.default_dtype}")\n\n'
         "# the adapter alone, on its foundation model\n"
         "from mace_lora import MaceLoraCalculator\n"
         f'calculator = MaceLoraCalculator(base="{args.foundation_model}", adapter="{adapter}")\n\n'
@@ -157,14 +167,10 @@ def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
     )
 
 
-def _settings(page: Page, args: argparse.Namespace) -> None:
+def _settings(page: Page, given: dict[str, Any]) -> None:
     page.section("Settings")
     page.code(" ".join(map(shlex.quote, ["mace_run_train", *sys.argv[1:]])))
     parser = upstream.module("mace.tools.arg_parser").build_default_arg_parser()
     page.facts(
-        {
-            key: value
-            for key, value in sorted(vars(args).items())
-            if value != parser.get_default(key) and not key.endswith(("_key", "_dir"))
-        }
+        {key: value for key, value in sorted(given.items()) if value != parser.get_default(key)}
     )

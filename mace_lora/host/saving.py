@@ -47,6 +47,7 @@ class Saving:
         self.valid_sets = valid_sets
         self.base: dict[str, Any] = {}  # as `models.describe` gives it: the foundation model
         self.start: dict[str, Any] = {}  # and the model that the run started from
+        self.merged: torch.nn.Module | None = None  # the last model that was saved
         self.stage_two = False  # which model upstream has loaded for saving
 
     def substitutes(self) -> dict[str, Any]:
@@ -107,6 +108,7 @@ class Saving:
                 f"{tolerance:.0e} allowed; no model was written, the adapter is in "
                 f"{self.adapter_folder()}"
             )
+        self.merged = merged
         return merged
 
     def adapter_folder(self) -> Path:
@@ -119,8 +121,8 @@ class Saving:
         artefact.write(folder, self.config, adapter_parameters(model), self.base, self.start)
         logging.info(f"Saved the adapter alone to {folder}")
 
-    def say_what_was_left(self) -> None:
-        """The last lines of the log: the files to take away."""
+    def what_was_left(self) -> dict[str, str]:
+        """The files to take away, and what each is."""
         folder, name = Path(self.args.model_dir), self.args.name
         plain = get_method(self.config.method).mergeable
         model = "merged, a plain MACE model" if plain else "with gates: loading it needs mace_lora"
@@ -135,9 +137,13 @@ class Saving:
             )
         }
         files[f"{name}_learning_curve.png"] = "validation errors by epoch"
-        for file, meaning in files.items():
-            if (folder / file).exists():
-                logging.info(f"  {folder / file}: {meaning}")
+        files[f"{name}_parity.png"] = "predictions against labels"
+        files[f"{name}_report.html"] = "all of this on a page, to be read in a browser or sent"
+        return {
+            str(folder / file): meaning
+            for file, meaning in files.items()
+            if (folder / file).exists()
+        }
 
     @staticmethod
     def extract_config(model: torch.nn.Module) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ArtefactError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.host import checks, models, upstream
+from mace_lora.host import checks, models, reporting, upstream
 from mace_lora.host.saving import Saving
 from mace_lora.host.training import Training
 from mace_lora.injection import inject
+from mace_lora.report import InjectionReport
 
 # Frames on which the energy offset at the start is measured
 OFFSET_FRAMES = 8
@@ -51,9 +52,11 @@ class Session:
         options: RunOptions,
     ) -> None:
         self.args = args
+        self.given = dict(vars(args))
         self.options = options
         self.config = config
         self.foundation = foundation
+        self.injected: InjectionReport | None = None
         self.training = Training(args, title=f"{args.name}: {config.method}", options=options)
         self.saving = Saving(args, config, valid_sets=lambda: self.training.valid_sets)
 
@@ -79,7 +82,27 @@ class Session:
         """The last lines of the log: errors before and after, and the files to take away."""
         if self.training.history:
             logging.info(f"Validation, before -> after: {self.training.history.summary()}")
-        self.saving.say_what_was_left()
+        self._write_page()
+        for file, meaning in self.saving.what_was_left().items():
+            logging.info(f"  {file}: {meaning}")
+
+    def _write_page(self) -> None:
+        if self.saving.merged is None or self.injected is None:
+            return
+        try:
+            reporting.write(
+                self.args,
+                self.given,
+                self.training.n_frames,
+                self.config,
+                self.injected,
+                self.training.history,
+                self.saving.merged,
+                self.training.valid_by_head,
+                self.saving.what_was_left,
+            )
+        except Exception as error:  # the models are saved, and a page is no reason to fail
+            logging.warning(f"no report: {type(error).__name__}: {error}")
 
     def watched(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Upstream's loader of a named model; its elements are checked against the frames."""
@@ -176,7 +199,7 @@ class Session:
             logging.info(f"Converting the model ({key}) before the adapters are attached")
             with torch.random.fork_rng():  # so that the adapters start as without conversion
                 model = upstream.original(key)(deepcopy(model), device=args.device)
-        report = inject(model, self.config)
+        self.injected = report = inject(model, self.config)
         if self.options.adapter_start:
             self._start_from(model, self.options.adapter_start)
         banner = get_method(self.config.method).banner(self.config.options)

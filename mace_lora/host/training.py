@@ -36,6 +36,8 @@ class Training:
         self.steps = Steps(options, 1)
         self.title = title
         self.valid_sets: list[Any] = []
+        self.valid_by_head: dict[str, Any] = {}
+        self.n_frames = 0  # in the training set
         self.history = History()
         self.bar: ProgressBar | None = None
 
@@ -110,6 +112,8 @@ class Training:
     def train(self, **keywords: Any) -> None:
         """Keeps validation frames for the proof of the merge, and shows progress."""
         self.valid_sets = [loader.dataset for loader in keywords["valid_loaders"].values()]
+        self.valid_by_head = {n: v.dataset for n, v in keywords["valid_loaders"].items()}
+        self.n_frames = len(keywords["train_loader"].dataset)
         steps = len(keywords["train_loader"])
         self.steps = Steps(self.options, steps)
         epochs = max(0, keywords["max_num_epochs"] - keywords["start_epoch"])
