@@ -157,7 +157,7 @@ def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
     page.code(
         "# the merged model\n"
         "from mace.calculators import MACECalculator\n"
-        f'calculator = MACECalculator("{merged}", device="cpu", default_dtype="{args.default_dtype}")\n\n'
+        f'calculator = MACECalculator("{merged}", default_dtype="{args.default_dtype}")\n\n'
         "# the adapter alone, on its foundation model\n"
         "from mace_lora import MaceLoraCalculator\n"
         f'calculator = MaceLoraCalculator(base="{args.foundation_model}", adapter="{adapter}")\n\n'
