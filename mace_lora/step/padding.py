@@ -61,24 +61,42 @@ def plan(batches: Iterable[tuple[int, int, int]]) -> tuple[list[Shape], float]:
     more than WASTE of the edges.
     """
     found = sorted(batches)
-    shapes: list[Shape] = []
-    waste = 0.0
+    edges, shapes, waste = sum(b[0] for b in found), [], 0.0
     for count in range(1, MOST_SHAPES + 1):
-        cuts = sorted({(len(found) * i) // count for i in range(1, count + 1)} - {0})
-        shapes = [_around_all(found[:cut]) for cut in cuts]
-        padded = sum(next(s.edges for s in shapes if _holds(s, b)) for b in found)
-        waste = 1 - sum(b[0] for b in found) / max(1, padded)
+        ends = _best_ends([_round_up(b[0]) for b in found], count)
+        shapes = [_around_all(found[:end]) for end in ends]
+        padded = sum(
+            shape.edges * (end - start)
+            for shape, start, end in zip(shapes, [0, *ends], ends, strict=False)
+        )
+        waste = 1 - edges / max(1, padded)
         if waste <= WASTE:
             break
     return shapes, waste
 
 
+def _best_ends(sizes: list[int], count: int) -> list[int]:
+    """Where to cut sorted sizes into at most `count` groups, so that least is wasted.
+
+    Every member of a group is padded to its last one. Dynamic programming over the groups.
+    """
+    n = len(sizes)
+    # cost and cuts of the first j sizes
+    best: list[tuple[int, list[int]]] = [
+        (j * sizes[j - 1], [j]) if j else (0, []) for j in range(n + 1)
+    ]
+    for _ in range(count - 1):
+        best = [
+            min((best[i][0] + (j - i) * sizes[j - 1], [*best[i][1], j]) for i in range(j))
+            if j
+            else (0, [])
+            for j in range(n + 1)
+        ]
+    return best[n][1]
+
+
 def _around_all(batches: Sequence[tuple[int, int, int]]) -> Shape:
     return Shape.around(*(max(b[i] for b in batches) for i in range(3)))
-
-
-def _holds(shape: Shape, batch: tuple[int, int, int]) -> bool:
-    return batch[0] <= shape.edges and batch[1] < shape.atoms and batch[2] < shape.structures
 
 
 def pad(data: Data, shape: Shape, r_max: float) -> Data:

@@ -1,0 +1,190 @@
+"""Batches of fixed shapes: padding that changes nothing, traced graphs, compiled graphs."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import zoo
+from conftest import ethanol, run_command
+from test_step import FRAMES, adapted, differs, step
+
+from mace_lora.host.models import default_dtype, frames_to_batch
+from mace_lora.injection import adapter_parameters
+from mace_lora.step.base import CannotServe, Way
+from mace_lora.step.choice import Auto, Chosen
+from mace_lora.step.compiled import Compiled
+from mace_lora.step.cudagraph import Captured
+from mace_lora.step.fusing import Fused
+from mace_lora.step.padding import Shape, pad, plan, sizes
+from mace_lora.step.static import Recorded, Static
+from mace_lora.step.tracing import trace
+from mace_lora.testing import outputs, worst
+
+
+def smallest() -> torch.nn.Module:
+    """A model whose graph is small: one layer, vectors, pairs."""
+    kind, arguments = zoo.ZOO["foundation"]
+    torch.manual_seed(0)
+    small = {"num_interactions": 1, "max_ell": 1, "correlation": 2, "radial_MLP": [4]}
+    with default_dtype(torch.float64):
+        return kind(**{**zoo._COMMON, **arguments, **small})
+
+
+def roomy(batch) -> Shape:
+    """A shape with room for a fifth more."""
+    edges, atoms, structures = sizes(batch.to_dict())
+    return Shape.around(edges * 6 // 5, atoms + 4, structures + 2)
+
+
+class _Traced(Recorded):
+    def __init__(self, inputs, data, flags, training):
+        self._graph, _, self.names = trace(inputs, data, flags, training=training)
+        self._training = training
+
+    def forward(self, inputs):
+        self._inputs = inputs
+        n = len(self.names)
+        if not self._training:
+            return self._graph(*inputs), []
+        results = self._graph.graph.find_nodes(op="output")[0].args[0][:n]
+        none = [torch.zeros(r.meta["val"].shape, dtype=inputs[0].dtype) for r in results]
+        return self._graph(*inputs, *none)[:n], []
+
+    def backward(self, kept, cotangents):
+        return self._graph(*self._inputs, *cotangents)[len(self.names) :]
+
+
+class Traced(Static):
+    """The traced graph run operation by operation: what is compiled, without the compiler."""
+
+    name = "traced"
+
+    def record(self, inputs, data, shape, flags, training):
+        return _Traced(inputs, data, flags, training)
+
+
+@pytest.mark.parametrize("frames", FRAMES.values(), ids=FRAMES)
+def test_padding_changes_nothing(build, frames):
+    model = adapted(build("density_zbl_agnesi"))
+    batch = frames_to_batch(frames(), model)
+    data = batch.to_dict()
+    n_atoms, n_frames = len(batch.positions), batch.num_graphs
+    padded = model(pad(data, roomy(batch), float(model.r_max)), compute_stress=True)
+    plain = model(dict(data), compute_stress=True)
+    for key, n in (("energy", n_frames), ("stress", n_frames), ("forces", n_atoms)):
+        assert torch.allclose(padded[key][:n], plain[key], rtol=1e-12, atol=1e-12), key
+        assert torch.isfinite(padded[key]).all()
+    assert (padded["forces"][n_atoms:] == 0).all()
+
+
+def test_every_batch_has_a_shape_and_little_is_wasted():
+    generator = torch.Generator().manual_seed(0)
+    molecules = torch.tensor([[72, 9, 1], [150, 12, 1], [302, 21, 1], [130, 12, 1]])
+    drawn = molecules[torch.randint(4, (300, 10), generator=generator)].sum(dim=1).tolist()
+    shapes, waste = plan(map(tuple, drawn))
+    assert len(shapes) <= 4
+    assert waste <= 0.15
+    for edges, atoms, structures in drawn:
+        assert any(
+            edges <= s.edges and atoms < s.atoms and structures < s.structures for s in shapes
+        )
+
+
+def test_batches_of_one_size_need_one_shape():
+    shapes, waste = plan([(1500 + i % 7, 105, 5) for i in range(100)])
+    assert len(shapes) == 1
+    assert waste < 0.05
+
+
+@pytest.mark.parametrize(("method", "frames"), [("lora", "mixed"), ("mmea", "periodic")])
+def test_a_traced_graph_gives_the_gradients_of_eager(method, frames):
+    model = adapted(smallest(), method)
+    batch = frames_to_batch(FRAMES[frames](), model)
+    stress = frames == "periodic"
+    way = Traced([roomy(batch)])
+    for _ in range(2):  # the same graph, with other weights
+        expected, found = (step(w, model, batch, stress) for w in (Way(), way))
+        assert differs(expected[0], found[0]) < 1e-10
+        assert differs(expected[1], found[1]) < 1e-10
+        with torch.no_grad():
+            for parameter in adapter_parameters(model).values():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def test_a_batch_that_no_shape_holds_is_computed_all_the_same(model):
+    model = adapted(model)
+    large = frames_to_batch(ethanol("train", 3), model)
+    way = Traced([Shape(edges=8, atoms=4, structures=2)])
+    expected, found = (step(w, model, large) for w in (Way(), way))
+    assert differs(expected[1], found[1]) < 1e-10
+
+
+def test_a_model_that_cannot_be_captured_goes_on(model, frames, caplog):
+    """There is no CUDA device for these tensors: one line, and the right numbers."""
+    model = adapted(model)
+    batch = frames_to_batch(frames, model)
+    way = Chosen(Captured([roomy(batch)]), asked_for=True)
+    expected = step(Way(), model, batch)
+    for _ in range(2):
+        found = step(way, model, batch)
+        assert differs(expected[1], found[1]) < 1e-10
+    lines = [r.message for r in caplog.records if "can't serve" in r.message]
+    assert lines == [
+        "--step=cudagraph can't serve this run, which goes on in fused: "
+        "it captures CUDA kernels, and the model is on cpu"
+    ]
+
+
+def test_models_that_read_more_than_atoms_are_refused(build):
+    model = build("residual")
+    model.joint_embedding = torch.nn.Identity()
+    with pytest.raises(CannotServe, match="reads more than"), Traced([]).active(model):
+        pass
+
+
+def test_auto_compiles_long_runs_alone():
+    def decides(steps: int, seconds: float, cost: float) -> bool:
+        auto = Auto(steps)
+        told = [auto.is_time(seconds) for _ in range(30)]
+        assert told.count(True) == 1
+        return auto.compiling_pays(Fused(), cost)
+
+    assert not decides(steps=1000, seconds=0.2, cost=120)
+    assert decides(steps=100_000, seconds=0.2, cost=120)
+    assert decides(steps=1000, seconds=0.2, cost=15)
+
+
+# ------------------------------------------------------------------ inductor: a minute each
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("MACE_LORA_CACHE", str(tmp_path))
+    model = adapted(smallest())
+    batches = [frames_to_batch(FRAMES["mixed"]()[i:], model) for i in range(2)]
+    way = Compiled([roomy(batches[0])])
+    for batch in batches:  # of different sizes, by one graph
+        expected, found = step(Way(), model, batch), step(way, model, batch)
+        assert differs(expected[0], found[0]) < 1e-10
+        assert differs(expected[1], found[1]) < 1e-10
+    assert len(json.loads((tmp_path / "compile_seconds.json").read_text())) == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_run_leaves_the_model_of_eager(tmp_path, train_flags, frames):
+    torch.save(smallest().float(), tmp_path / "small.model")
+    flags = [*train_flags, f"--foundation_model={tmp_path / 'small.model'}", "--lora=True"]
+    models = []
+    for way in ("eager", "compile"):
+        folder = tmp_path / way
+        folder.mkdir()
+        done = run_command(*flags, "--max_num_epochs=3", f"--step={way}", cwd=folder)
+        models.append(torch.load(folder / "run.model", weights_only=False))
+    assert "Compiled the training step in" in done.stdout
+    assert "Compiled the evaluation in" in done.stdout
+    assert "can't serve" not in done.stdout
+    one, other = map(partial(outputs, frames=frames), models)
+    assert worst(one, other) < 1e-8
