@@ -38,6 +38,14 @@ class NotMergeable(MaceLoraError, RuntimeError):
     """An adapter depends on the input, so that no fixed weight reproduces it."""
 
 
+class CheckpointError(MaceLoraError, RuntimeError):
+    """A checkpoint can't be written, can't be read, or belongs to another run."""
+
+
+class WriteError(MaceLoraError, RuntimeError):
+    """A result can't be written: no space, no permission."""
+
+
 class MergeMismatch(MaceLoraError, RuntimeError):
     """The merged model does not predict what the adapted model predicts."""
 

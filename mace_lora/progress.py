@@ -27,9 +27,12 @@ class ProgressBar:
     Log lines go through the bar while it is shown, so that neither tears the other.
     """
 
-    def __init__(self, steps: int, steps_per_epoch: int, *, enabled: bool = True) -> None:
+    def __init__(
+        self, steps: int, steps_per_epoch: int, *, done: int = 0, enabled: bool = True
+    ) -> None:
         self._enabled = enabled and sys.stderr.isatty()
         self._steps = steps
+        self._done = done  # in an earlier part of the run
         self._per_epoch = max(1, steps_per_epoch)
         self._stack = ExitStack()
         self._bar: tqdm | None = None
@@ -38,7 +41,13 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         if self._enabled:
             self._bar = self._stack.enter_context(
-                tqdm(total=self._steps, unit="step", dynamic_ncols=True, leave=False)
+                tqdm(
+                    total=self._steps,
+                    initial=self._done,
+                    unit="step",
+                    dynamic_ncols=True,
+                    leave=False,
+                )
             )
             self._stack.enter_context(_log_lines_above_the_bar())
         return self

@@ -29,7 +29,7 @@ EXAMPLES = """\
   mace_lora info mini
   mace_lora info ethanol.model
   mace_lora info ethanol_adapter --base mini
-  mace_lora info checkpoints/ethanol_run-1_epoch-40.pt
+  mace_lora info checkpoints/ethanol_run-1_latest.pt
 """
 
 

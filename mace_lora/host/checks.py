@@ -1,21 +1,18 @@
-"""Labels and frames are checked once, when they are read and before any training."""
+"""Files, folders and flags are checked before anything is read, data when they are read."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import contextlib
+import importlib.util
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ase.io
-import numpy as np
-from ase.data import chemical_symbols
-
 from mace_lora.errors import ConfigError, DataError
-
-# what must be there at all, unless the loss gives it no weight: property -> (flag, weight flag)
-_NEEDED = {"energy": ("energy_key", "energy_weight"), "forces": ("forces_key", "forces_weight")}
+from mace_lora.host import frames as frame_checks
+from mace_lora.host import processes, upstream
 
 
 def files_exist(args: argparse.Namespace) -> None:
@@ -25,6 +22,22 @@ def files_exist(args: argparse.Namespace) -> None:
         for path in [value] if isinstance(value, str) else value or []:
             if not Path(path).exists():
                 raise ConfigError(f"--{flag}={path}: there is no such file")
+
+
+def optional_packages(args: argparse.Namespace) -> None:
+    """Raises ConfigError naming the flag whose package is not installed."""
+    needed = {
+        "--enable_cueq=True": (args.enable_cueq or args.only_cueq, "cuequivariance_torch"),
+        "--enable_oeq=True": (args.enable_oeq, "openequivariance"),
+        "--optimizer=schedulefree": (args.optimizer == "schedulefree", "schedulefree"),
+        "--wandb": (args.wandb, "wandb"),
+    }
+    for flag, (asked, package) in needed.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{flag} needs the package {package}, which is not installed: "
+                f"pip install {package.replace('_', '-')}, or leave the flag out"
+            )
 
 
 def folders_writable(args: argparse.Namespace) -> None:
@@ -39,9 +52,8 @@ def folders_writable(args: argparse.Namespace) -> None:
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            probe = Path(folder) / ".mace_lora_probe"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=folder):  # several processes may look at once
+                pass
         except OSError as error:
             raise ConfigError(f"--{flag}={folder} can't be written to: {error}") from None
 
@@ -50,13 +62,15 @@ def checked_loader(
     load: Callable[..., tuple[Any, list[Any]]],
     args: argparse.Namespace,
     known_elements: Callable[[], set[int] | None],
+    seen: list[str],
 ) -> Callable[..., tuple[Any, list[Any]]]:
-    """mace-torch's `load_from_xyz`, followed by the checks below.
+    """mace-torch's `load_from_xyz`, followed by `frames.check`.
 
     Args:
         load: the original.
         args: the run's flags.
         known_elements: gives the elements of the foundation model, or None to check no elements.
+        seen: the files that were read; added to.
     """
 
     def load_from_xyz(*positional: Any, **keywords: Any) -> tuple[Any, list[Any]]:
@@ -67,112 +81,47 @@ def checked_loader(
             energies, frames = load(*positional, **keywords)
         except Exception as error:  # ASE raises many kinds for a broken file
             raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
-        if not keywords.get("no_data_ok"):
-            check_frames(path, frames, keys, args, known_elements())
+        seen.append(path)
+        frame_checks.check(
+            path, frames, keys, args, known_elements(), labels=not keywords.get("no_data_ok")
+        )
         return energies, frames
 
     return load_from_xyz
 
 
+def split(
+    items: list[Any], valid_fraction: float, seed: int, work_dir: str, *rest: Any, **keywords: Any
+) -> Any:
+    """mace-torch's split of the training set, which needs two frames and a fraction.
+
+    Raises:
+        DataError: there are none to spare for validation.
+    """
+    if not 0 < valid_fraction < 1:
+        raise ConfigError(
+            f"--valid_fraction={valid_fraction}: a number between 0 and 1 is needed, or a "
+            "--valid_file of its own"
+        )
+    if len(items) < 2:
+        raise DataError(
+            f"the training set holds {len(items)} frame, and --valid_fraction={valid_fraction} "
+            "takes one of it for validation: give more frames, or a --valid_file of its own"
+        )
+    original = upstream.original("split")
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():  # it writes the indices down
+            work_dir = stack.enter_context(tempfile.TemporaryDirectory())
+        return original(items, valid_fraction, seed, work_dir, *rest, **keywords)
+
+
 def enough_frames(train_loader: Any, args: argparse.Namespace) -> None:
     """Raises ConfigError where the training set makes not even one batch."""
-    if len(train_loader) == 0:
+    count = processes.count(args.distributed)
+    frames = len(train_loader.dataset)
+    if frames // (args.batch_size * count) == 0 and not (args.lbfgs and frames):
+        times = f" times {count} processes" if count > 1 else ""
         raise ConfigError(
-            f"--batch_size={args.batch_size} is larger than the training set of "
-            f"{len(train_loader.dataset)} frames, so that there is no batch to train on"
+            f"--batch_size={args.batch_size}{times} is larger than the training set of "
+            f"{frames} frames, so that there is no batch to train on"
         )
-
-
-def check_frames(
-    path: str,
-    frames: list[Any],
-    keys: dict[str, str],
-    args: argparse.Namespace,
-    known: set[int] | None = None,
-) -> None:
-    """Raises DataError for missing labels, labels of a wrong shape or not finite, unknown elements.
-
-    Args:
-        path: the file, for messages.
-        frames: mace-torch's Configurations of that file.
-        keys: the name of each property in the file.
-        args: the run's flags (weights of the loss).
-        known: atomic numbers of the foundation model, if there is one.
-    """
-    if not frames:
-        raise DataError(f"{path} holds no frames to train on or to test with")
-    if not getattr(args, "compute_dipole_only", False) and "dipole" not in str(args.loss):
-        for name, (flag, weight) in _NEEDED.items():
-            _check_present(path, frames, name, keys.get(name, name), flag, getattr(args, weight))
-    for frame in frames:
-        for name, value in frame.properties.items():
-            if value is not None and not _is_finite(value):
-                where = _frame_index(path, frame)
-                raise DataError(
-                    f"{path}, frame {where}: {name} (key {keys.get(name, name)!r}) holds NaN or "
-                    "infinite values; mend or remove the frame"
-                )
-        if not _is_finite(frame.positions):
-            raise DataError(f"{path}, frame {_frame_index(path, frame)}: positions are not finite")
-        forces = frame.properties.get("forces")
-        if forces is not None and np.shape(forces) != (len(frame.atomic_numbers), 3):
-            raise DataError(
-                f"{path}, frame {_frame_index(path, frame)}: forces of shape {np.shape(forces)}, "
-                f"expected ({len(frame.atomic_numbers)}, 3)"
-            )
-        if known is not None:
-            _check_elements(path, frame, known)
-
-
-def _check_present(
-    path: str, frames: list[Any], name: str, key: str, flag: str, weight: float
-) -> None:
-    missing = sum(frame.properties.get(name) is None for frame in frames)
-    if not missing or not weight:
-        return
-    if missing == len(frames):
-        raise DataError(
-            f"{path} has no {name} under the key {key!r} in any of its {len(frames)} frames; "
-            f"its keys are {_keys_in_file(path)}; name the right one with --{flag}"
-        )
-    logging.warning(
-        f"{path}: {missing} of {len(frames)} frames have no {name} under {key!r}: "
-        f"they are left out of the {name} part of the loss"
-    )
-
-
-def _keys_in_file(path: str) -> str:
-    atoms = ase.io.read(path, index=0)
-    calculated = list(atoms.calc.results) if atoms.calc is not None else []
-    own = [k for k in atoms.arrays if k not in ("numbers", "positions")]
-    return ", ".join(sorted({*atoms.info, *own, *calculated})) or "none"
-
-
-def _check_elements(path: str, frame: Any, known: set[int]) -> None:
-    unknown = sorted({int(z) for z in frame.atomic_numbers} - known)
-    if unknown:
-        raise DataError(
-            f"{path}, frame {_frame_index(path, frame)} holds {_symbols(unknown)}; "
-            f"the foundation model knows {_symbols(sorted(known))}"
-        )
-
-
-def _symbols(numbers: list[int]) -> str:
-    return ", ".join(f"{chemical_symbols[z]} ({z})" for z in numbers)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return bool(np.isfinite(np.asarray(value, dtype=float)).all())
-    except (TypeError, ValueError):
-        return True  # texts, such as the head
-
-
-def _frame_index(path: str, frame: Any) -> str:
-    """Where `frame` stands in the file: 0-based, as in ase.io.read(path, index)."""
-    for i, atoms in enumerate(ase.io.read(path, index=":")):
-        if len(atoms) == len(frame.positions) and np.array_equal(
-            atoms.positions, frame.positions, equal_nan=True
-        ):
-            return str(i)
-    return "?"

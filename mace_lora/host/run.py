@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError
-from mace_lora.host import checks, models, upstream
+from mace_lora.host import checks, models, processes, upstream, writing
 from mace_lora.host.session import Session
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     foundation = _prepare(args)
     session = Session(args, config, foundation, options)
     substitutes = {**session.substitutes(), **_foundation_by_name(args, foundation)}
-    with upstream.substituted(substitutes):
+    with session.stop.watched(), upstream.substituted(substitutes), writing.explained():
         script.run(args)
     session.say_what_was_done()
 
@@ -57,6 +58,8 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
             "(mini, medium_off, ..., or a .model file)"
         )
     _refuse_contradictions(args)
+    checks.optional_packages(args)
+    processes.settle(args)
     checks.files_exist(args)
     foundation = None
     if models.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched
@@ -65,6 +68,12 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
     checks.folders_writable(args)
     if args.E0s is None and args.heads is None:
         args.E0s = "estimated"
+    if args.only_cueq:
+        logging.info(
+            "--only_cueq: mace-torch heeds it without a foundation model only; "
+            "training with --enable_cueq=True"
+        )
+        args.enable_cueq, args.only_cueq = True, False
     args.lora = True  # upstream's switch for calling `inject_LoRAs` and `merge_lora_weights`
     return foundation
 

@@ -14,10 +14,9 @@ import torch
 from mace_lora import artefact
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import MergeMismatch
-from mace_lora.files import whole_file
-from mace_lora.host import gated, models, upstream
-from mace_lora.host.checkpoints import make_checkpoint_handler
+from mace_lora.errors import MergeMismatch, WriteError
+from mace_lora.host import gated, identity, models, upstream, writing
+from mace_lora.host.checkpoints import Checkpoints
 from mace_lora.injection import adapter_parameters
 from mace_lora.merging import merge, put_gates, take_gates
 
@@ -34,6 +33,7 @@ class Saving:
         args: the parsed flags, as upstream takes them.
         config: the adapter.
         valid_sets: gives the validation data sets, on whose frames a merge is proved.
+        history: the rows of the validation errors so far, kept in checkpoints.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Saving:
         args: argparse.Namespace,
         config: AdapterConfig,
         valid_sets: Callable[[], list[Any]],
+        history: list[Any],
     ) -> None:
         self.args = args
         self.config = config
@@ -48,7 +49,13 @@ class Saving:
         self.base: dict[str, Any] = {}  # as `models.describe` gives it: the foundation model
         self.start: dict[str, Any] = {}  # and the model that the run started from
         self.merged: torch.nn.Module | None = None  # the last model that was saved
-        self.stage_two = False  # which model upstream has loaded for saving
+        self.lost: WriteError | None = None  # what upstream went on without
+        self.checkpoints = Checkpoints(
+            args,
+            run=lambda: identity.of_run(config, self.base, self.start, args),
+            write_adapter=self._write_adapter,
+            history=history,
+        )
 
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
@@ -58,9 +65,9 @@ class Saving:
             "from_oeq": lambda model, device=None: self.merge_and_convert("from_oeq", model),
             "jit": self.jit(),
             "extract_config": self.extract_config,
-            "checkpoints": make_checkpoint_handler(upstream.original("checkpoints"), self),
-            "save": save_whole,
-            "jit_save": jit_save_whole,
+            "checkpoints": self.checkpoints.open,
+            "save": writing.save_whole,
+            "jit_save": self.jit_save,
         }
 
     def merge(self, model: torch.nn.Module) -> None:
@@ -113,13 +120,17 @@ class Saving:
 
     def adapter_folder(self) -> Path:
         """Where the adapter of the stage that is being saved goes."""
-        stage = "_stagetwo" if self.stage_two else ""
+        stage = "_stagetwo" if self.checkpoints.stage_two else ""
         return Path(self.args.model_dir) / f"{self.args.name}{stage}_adapter"
 
     def _save_adapter(self, model: torch.nn.Module) -> None:
         folder = self.adapter_folder()
-        artefact.write(folder, self.config, adapter_parameters(model), self.base, self.start)
+        with writing.explained(folder):
+            self._write_adapter(folder, adapter_parameters(model))
         logging.info(f"Saved the adapter alone to {folder}")
+
+    def _write_adapter(self, folder: Path, factors: dict[str, torch.Tensor]) -> None:
+        artefact.write(folder, self.config, factors, self.base, self.start)
 
     def what_was_left(self) -> dict[str, str]:
         """The files to take away, and what each is."""
@@ -145,6 +156,14 @@ class Saving:
             if (folder / file).exists()
         }
 
+    def jit_save(self, m: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+        """Upstream swallows every error here; it is kept for the end of the run."""
+        try:
+            writing.jit_save_whole(m, f, *rest, **keywords)
+        except WriteError as error:
+            self.lost = error
+            raise
+
     @staticmethod
     def extract_config(model: torch.nn.Module) -> dict[str, Any]:
         """Upstream reads E0s, scale and shift of the unmerged model, where they can be trained."""
@@ -164,21 +183,3 @@ class Saving:
                 raise
 
         return SimpleNamespace(compile=compile)
-
-
-def save_whole(obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
-    """`torch.save`, but a file that is named is written whole or not at all."""
-    _whole(upstream.original("save"), obj, f, *rest, **keywords)
-
-
-def jit_save_whole(m: Any, f: Any, *rest: Any, **keywords: Any) -> None:
-    """`torch.jit.save`, but a file that is named is written whole or not at all."""
-    _whole(upstream.original("jit_save"), m, f, *rest, **keywords)
-
-
-def _whole(save: Any, obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
-    if isinstance(f, (str, Path)):
-        with whole_file(f) as temporary:
-            save(obj, str(temporary), *rest, **keywords)
-    else:
-        save(obj, f, *rest, **keywords)

@@ -22,8 +22,10 @@ from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ArtefactError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.host import checks, models, reporting, upstream
+from mace_lora.host import checks, frames, models, processes, reporting, upstream
+from mace_lora.host.order import FrameOrder
 from mace_lora.host.saving import Saving
+from mace_lora.host.signals import StopRequest
 from mace_lora.host.training import Training
 from mace_lora.injection import inject
 from mace_lora.report import InjectionReport
@@ -57,8 +59,21 @@ class Session:
         self.config = config
         self.foundation = foundation
         self.injected: InjectionReport | None = None
-        self.training = Training(args, title=f"{args.name}: {config.method}", options=options)
-        self.saving = Saving(args, config, valid_sets=lambda: self.training.valid_sets)
+        self.stop = StopRequest()
+        self.files: list[str] = []  # that frames were read from
+        self.training = Training(
+            args,
+            title=f"{args.name}: {config.method}",
+            options=options,
+            stop=self.stop,
+            sources=lambda data: frames.sources(self.files, data),
+        )
+        self.saving = Saving(
+            args,
+            config,
+            valid_sets=lambda: self.training.valid_sets,
+            history=self.training.history.rows,
+        )
 
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
@@ -72,19 +87,29 @@ class Session:
             **self.training.substitutes(),
             **self.saving.substitutes(),
             "load_xyz": checks.checked_loader(
-                upstream.original("load_xyz"), self.args, self.known_elements
+                upstream.original("load_xyz"), self.args, self.known_elements, self.files
             ),
+            "split": checks.split,
             "estimate_e0s": self.estimate_e0s,
             "avg_num_neighbors": self.avg_num_neighbors,
+            "init_distributed": processes.init,
+            "ddp": processes.parallel,
+            "metrics": processes.validation_metrics,
         }
 
     def say_what_was_done(self) -> None:
-        """The last lines of the log: errors before and after, and the files to take away."""
+        """The last lines of the log: errors before and after, and the files to take away.
+
+        Raises:
+            WriteError: a file that upstream goes on without could not be written.
+        """
         if self.training.history:
             logging.info(f"Validation, before -> after: {self.training.history.summary()}")
         self._write_page()
         for file, meaning in self.saving.what_was_left().items():
             logging.info(f"  {file}: {meaning}")
+        if self.saving.lost is not None:
+            raise self.saving.lost
 
     def _write_page(self) -> None:
         if self.saving.merged is None or self.injected is None:
@@ -132,8 +157,12 @@ class Session:
     def avg_num_neighbors(
         heads: Any, args: argparse.Namespace, train_loader: Any, device: Any
     ) -> Any:
-        """The first use of the training batches, where upstream fails if there is none."""
+        """The first use of the training batches, where upstream fails if there is none.
+
+        Upstream draws an order of the frames for it: the same for any number of processes.
+        """
         checks.enough_frames(train_loader, args)
+        FrameOrder.of(train_loader, *processes.which(args.distributed))
         return upstream.original("avg_num_neighbors")(heads, args, train_loader, device)
 
     def configure_model(self, args: argparse.Namespace, *rest: Any, **keywords: Any) -> Any:

@@ -26,11 +26,25 @@ class Steps:
         steps_per_epoch: batches in an epoch; its last step takes what is left of them.
     """
 
-    def __init__(self, options: RunOptions, steps_per_epoch: int) -> None:
+    def __init__(self, options: RunOptions, steps_per_epoch: int = 1) -> None:
         self.options = options
         self.steps_per_epoch = max(1, steps_per_epoch)
-        self.batches = 0  # of this process, in all
+        self.batches = 0  # in all
         self._drawing: list[torch.nn.Module] | None = None
+
+    def begin(self, steps_per_epoch: int, done: int) -> None:
+        """Training begins, or goes on.
+
+        Args:
+            steps_per_epoch: batches in an epoch.
+            done: batches that an earlier part of this run has done.
+        """
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.batches = done
+
+    def gradients_wait(self) -> bool:
+        """Whether the optimiser has yet to move after the last batch: no moment to stop at."""
+        return (self.batches % self.steps_per_epoch) % self.options.accumulate != 0
 
     def take(self, step: Step, **keywords: Any) -> tuple[Any, dict[str, Any]]:
         """One batch: `step` is mace-torch's `take_step`, and these are its arguments."""

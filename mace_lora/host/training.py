@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import torch
 from mace_lora.config import RunOptions
 from mace_lora.errors import Diverged
 from mace_lora.host import upstream
+from mace_lora.host.loop import Loop
+from mace_lora.host.signals import StopRequest
 from mace_lora.host.speed import Speed
 from mace_lora.host.steps import Steps
 from mace_lora.injection import adapters
 from mace_lora.progress import History, ProgressBar
+
+# So many times the loss before training (or 1, if that is more) is no training any more
+EXPLODED = 1e6
 
 
 class Training:
@@ -27,14 +33,26 @@ class Training:
         args: the parsed flags, as upstream takes them.
         title: what the learning curve is called.
         options: of the run, beside mace-torch's own.
+        stop: says whether a signal has asked the run to end.
+        sources: tells from which files and frames items of a data set came.
     """
 
-    def __init__(self, args: argparse.Namespace, title: str, options: RunOptions) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        title: str,
+        options: RunOptions,
+        stop: StopRequest,
+        sources: Callable[[list[Any]], str],
+    ) -> None:
         self.args = args
         self.options = options
         self.speed = Speed(options.step)
-        self.steps = Steps(options, 1)
+        self.steps = Steps(options)
         self.title = title
+        self.stop = stop
+        self.sources = sources
+        self.loop: Loop | None = None
         self.valid_sets: list[Any] = []
         self.valid_by_head: dict[str, Any] = {}
         self.n_frames = 0  # in the training set
@@ -110,18 +128,22 @@ class Training:
         return original([p for p in parameters if p.requires_grad], decay=decay)
 
     def train(self, **keywords: Any) -> None:
-        """Keeps validation frames for the proof of the merge, and shows progress."""
+        """Our own loop, which can be left and continued at any step; see `loop`."""
         self.valid_sets = [loader.dataset for loader in keywords["valid_loaders"].values()]
         self.valid_by_head = {n: v.dataset for n, v in keywords["valid_loaders"].items()}
         self.n_frames = len(keywords["train_loader"].dataset)
-        steps = len(keywords["train_loader"])
-        self.steps = Steps(self.options, steps)
-        epochs = max(0, keywords["max_num_epochs"] - keywords["start_epoch"])
-        self.speed.plan(keywords["train_loader"], keywords["valid_loaders"], epochs)
-        original = upstream.original("train")
-        with ProgressBar(epochs * steps, steps, enabled=keywords.get("rank", 0) == 0) as self.bar:
-            original(**keywords)
-        if keywords.get("rank", 0) == 0 and self.history:
+        self.loop = loop = Loop(self.stop, self.steps, **keywords)
+        loop.resume()
+        steps = len(loop.train_loader)
+        done = loop.at.epoch * steps + loop.at.steps
+        self.steps.begin(steps, done)
+        total = max(loop.max_num_epochs * steps, done)
+        epochs_left = -(-(total - done) // max(steps, 1))
+        self.speed.plan(loop.train_loader, loop.valid_loaders, epochs_left)
+        with ProgressBar(total, steps, done=done, enabled=loop.rank == 0) as self.bar:
+            loop.run()
+        loop.checkpoints.training_is_over()
+        if loop.rank == 0 and self.history:
             self._draw_learning_curve()
 
     def _draw_learning_curve(self) -> None:
@@ -134,19 +156,40 @@ class Training:
     def take_step(self, **keywords: Any) -> Any:
         """Upstream's step, computed the chosen way and seen by the bar."""
         loss, metrics = self.steps.take(self.speed.take_step, **keywords)
-        self._check_finite(metrics["loss"], "training loss")
+        if not np.isfinite(float(metrics["loss"])) or self._has_exploded(metrics["loss"]):
+            raise self._diverged("training loss", metrics["loss"], self._frames())
         if self.bar is not None:
             self.bar.step(float(metrics["loss"]))
         return loss, metrics
 
-    def _check_finite(self, loss: Any, what: str) -> None:
+    def _has_exploded(self, loss: Any) -> bool:
+        """Far above the loss before training; upstream goes on until it is NaN, and then too."""
+        initial = self.loop.at.initial_loss if self.loop is not None else np.inf
+        return np.isfinite(initial) and float(loss) > EXPLODED * max(initial, 1.0)
+
+    def _diverged(self, what: str, loss: Any, frames: str = "") -> Diverged:
         """Upstream takes NaN for the best loss so far, and saves the model that gave it."""
-        if not np.isfinite(float(loss)):
-            raise Diverged(
-                f"the {what} is {float(loss)}: training has diverged at --lr={self.args.lr}. "
-                f"The best checkpoint so far is kept in {self.args.checkpoints_dir}; "
-                f"try --lr={self.args.lr / 10:g}"
+        at, lr = self.loop.at, self.args.lr
+        kept = f"try --lr={lr / 10:g}"
+        if at.epoch > 0:
+            kept = (
+                f"the best epoch so far is kept in {self.args.checkpoints_dir}. For a model of it "
+                f"repeat the command with --restart_latest --max_num_epochs={at.epoch}; to train "
+                f"on, try --lr={lr / 10:g}, with --restart_latest or from the start"
             )
+        return Diverged(
+            f"the {what} is {float(loss):g} at epoch {at.epoch}, step {at.steps}{frames}: training "
+            f"has diverged at --lr={lr:g}; {kept}"
+        )
+
+    def _frames(self) -> str:
+        """The frames of the step that was just done, for a message."""
+        indices = self.loop.frames_of_this_step()
+        if not indices:
+            return ""
+        dataset = self.loop.train_loader.dataset
+        found = self.sources([dataset[i] for i in indices])
+        return f", on frames {indices} of the training set" + (f" ({found})" if found else "")
 
     def log_errors(
         self, valid_loss: Any, eval_metrics: Any, logger: Any, log_errors: str, *rest: Any
@@ -155,7 +198,8 @@ class Training:
         original = upstream.original("log_errors")
         original(valid_loss, eval_metrics, logger, log_errors, *rest)
         epoch, head = (*rest, None, "Default")[:2]
-        self._check_finite(valid_loss, f"validation loss (head {head}, epoch {epoch})")
+        if not np.isfinite(float(valid_loss)) or self._has_exploded(valid_loss):
+            raise self._diverged(f"validation loss of head {head}", valid_loss)
         self.history.add(epoch, head, eval_metrics)
         if self.bar is not None:
             self.bar.validated(eval_metrics)

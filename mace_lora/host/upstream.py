@@ -53,6 +53,8 @@ NAMES: dict[str, Name] = {
     "mace_off": Name(_RUN, "mace_off", ("model", "device", "default_dtype")),
     "mace_omol": Name(_RUN, "mace_omol", ("device", "default_dtype")),
     "mace_polar": Name(_RUN, "mace_polar", ("model", "device", "default_dtype")),
+    "init_distributed": Name(_RUN, "init_distributed", ("args",)),
+    "ddp": Name(_RUN, "DDP", ("module", "device_ids", "broadcast_buffers")),
     "jit": Name(_RUN, "jit", None),
     "extract_config": Name(_RUN, "extract_config_mace_model", ("model",)),
     "count_parameters": Name("mace.tools", "count_parameters", ("module",)),
@@ -65,7 +67,9 @@ NAMES: dict[str, Name] = {
     "evaluate_at_the_end": Name(
         "mace.tools.tables_utils", "evaluate", ("model", "loss_fn", "data_loader")
     ),
+    "metrics": Name("mace.tools.train", "MACELoss", ("loss_fn",)),
     "load_xyz": Name("mace.data", "load_from_xyz", ("file_path", "key_specification")),
+    "split": Name("mace.data", "random_train_valid_split", ("items", "valid_fraction", "seed")),
     "estimate_e0s": Name("mace.data", "estimate_e0s_from_foundation", ("foundation_model",)),
     "save": Name("torch", "save", ("obj", "f")),
     "jit_save": Name("torch.jit", "save", ("m", "f")),
@@ -73,6 +77,7 @@ NAMES: dict[str, Name] = {
 # Called, never substituted
 CALLED: tuple[Name, ...] = (
     Name(_RUN, "run", ("args",)),
+    Name("mace.tools.train", "train_one_epoch", ("data_loader", "optimizer", "ema", "epoch")),
     Name("mace.tools.arg_parser", "build_default_arg_parser", ()),
     Name("mace.tools.scripts_utils", "extract_config_mace_model", ("model",)),
     Name("mace.tools.scripts_utils", "remove_pt_head", ("model", "head_to_keep")),
