@@ -1,0 +1,108 @@
+"""Runs of the command for tests of bad days: in this process, or in one that gets signals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mace_lora import cli
+
+
+def here(folder: Path, *flags: str) -> str:
+    """Run the command in this process, in `folder`; its error message, or "" if it ends well."""
+    folder.mkdir(exist_ok=True)
+    before, default = Path.cwd(), torch.get_default_dtype()
+    handlers, filters = logging.root.handlers[:], logging.root.filters[:]
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    os.chdir(folder)
+    try:
+        cli.main(list(flags))
+    except SystemExit as stop:
+        return str(stop.code)
+    finally:
+        os.chdir(before)
+        torch.set_default_dtype(default)
+        logging.root.handlers[:], logging.root.filters[:] = handlers, filters
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+    return ""
+
+
+def process(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start the command in a process of its own; what it says goes to `<folder>/out.txt`."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment.pop("MACE_CONFIG", None)
+    with open(folder / "out.txt", "a") as out:
+        return subprocess.Popen(
+            [sys.executable, *(launcher or ("-m", "mace_lora")), "train", *flags],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def said(folder: Path) -> str:
+    return (folder / "out.txt").read_text()
+
+
+def results(folder: Path) -> list[dict]:
+    """Lines of mace-torch's results file, without the times."""
+    path = folder / "results/run_run-1_train.txt"
+    if not path.exists():
+        return []
+    lines = [
+        json.loads(line) for line in path.read_text().splitlines(keepends=True) if "\n" in line
+    ]
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+
+
+@contextmanager
+def signal_after(number: int, folder: Path, n: int) -> Iterator[None]:
+    """Send this process a signal once `n` lines of results are written in `folder`."""
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.wait(0.002):
+            if len(results(folder)) >= n:
+                os.kill(os.getpid(), number)
+                return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def wait_for_lines(running: subprocess.Popen[str], folder: Path, n: int) -> None:
+    """Until `n` lines of results are written (one per step and per validation)."""
+    end = time.monotonic() + 300
+    while len(results(folder)) < n:
+        if running.poll() is not None or time.monotonic() > end:
+            pytest.fail(f"ended early, with {running.returncode}:\n{said(folder)[-3000:]}")
+        time.sleep(0.002)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two `.model` files hold the same numbers, bit for bit."""
+    a, b = (torch.load(p, weights_only=False).state_dict() for p in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
