@@ -152,6 +152,103 @@ def test_truncated_file(message, files, tmp_path, monkeypatch):
     assert "train.xyz can't be read" in message()
 
 
+def test_lone_frame(message, files):
+    files["train"] = files["train"][:1]
+    files.pop("valid")
+    text = message("--valid_fraction=0.5", "--batch_size=1")
+    assert "the training set holds 1 frame" in text
+    assert "--valid_file" in text
+
+
+def test_valid_fraction_out_of_range(message, files):
+    files.pop("valid")
+    assert "--valid_fraction=1.5" in message("--valid_fraction=1.5")
+
+
+def test_validation_set_of_no_frames(message, files):
+    files["valid"] = []
+    assert "valid.xyz" in message()
+
+
+def _one_spot(frame):
+    frame.positions[4] = frame.positions[2]
+    return frame
+
+
+def _stress_without_cell(frame):
+    frame.info["REF_stress"] = np.zeros(6)
+    frame.pbc, frame.cell = False, None
+    return frame
+
+
+def _periodic_without_cell(frame):
+    frame.pbc, frame.cell = True, None
+    return frame
+
+
+def _label(key, shape):
+    def change(frame):
+        frame.info[key] = np.zeros(shape)
+        return frame
+
+    return change
+
+
+def _cell_of_nan(frame):
+    frame.cell = np.diag([9.0, 9.0, np.nan])
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_one_spot, "train.xyz, frame 3 has atoms 2 and 4 on one spot"),
+        (_stress_without_cell, "train.xyz, frame 3: stress (key 'REF_stress') but no periodic"),
+        (_periodic_without_cell, "train.xyz, frame 3 is periodic"),
+        (_cell_of_nan, "train.xyz, frame 3 has a cell that is not finite"),
+        (_label("REF_energy", 2), "train.xyz, frame 3: energy (key 'REF_energy') of shape (2,)"),
+        (_label("REF_stress", 4), "train.xyz, frame 3: stress (key 'REF_stress') of shape (4,)"),
+    ],
+)
+def test_frames_that_cannot_be_right(message, files, change, expected):
+    files["train"][3] = change(files["train"][3])
+    assert expected in message()
+
+
+def test_forces_of_a_wrong_shape(message, files):
+    frame = files["train"][3]
+    frame.arrays["REF_forces"] = frame.arrays["REF_forces"][:, :2].copy()
+    assert "train.xyz, frame 3: forces (key 'REF_forces') of shape (9, 2)" in message()
+
+
+def test_stress_loss_without_stress(message):
+    text = message("--loss=stress")
+    assert "train.xyz has no stress under the key 'REF_stress'" in text
+    assert "--stress_key" in text
+
+
+def test_packages_that_are_not_installed(message, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in ("openequivariance", "schedulefree") else found(name),
+    )
+    assert "--enable_oeq=True needs the package openequivariance" in message("--enable_oeq=True")
+    text = message("--optimizer=schedulefree")
+    assert "--optimizer=schedulefree needs" in text
+    assert "pip install schedulefree" in text
+
+
+def test_several_processes_without_a_launcher(message, monkeypatch):
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    assert "start it with srun, or with torchrun" in message("--distributed")
+    text = message("--distributed", "--launcher=torchrun")
+    assert "torchrun --nproc_per_node=2 -m mace_lora train" in text
+
+
 def test_batch_larger_than_the_training_set(message):
     text = message("--batch_size=11")
     assert "--batch_size=11" in text
