@@ -1,0 +1,103 @@
+"""Ways of training that meet adapters: other kernels, replay of old data, weight decay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+from running import here, results
+
+from mace_lora import load_adapter
+from mace_lora.testing import outputs, worst
+
+LATEST = "checkpoints/run_run-1_latest.pt"
+
+
+@pytest.fixture(scope="module")
+def flags(small_data, foundation) -> list[str]:
+    return [
+        "--name=run",
+        f"--foundation_model={foundation}",
+        *(f"--{part}_file={path}" for part, path in small_data.items()),
+        "--lora=True",
+        "--batch_size=5",
+        "--max_num_epochs=2",
+        "--lr=0.01",
+        "--seed=1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, flags) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    assert here(folder, *flags) == ""
+    return folder
+
+
+def load(path: Path) -> torch.nn.Module:
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("flag", ["--enable_cueq=True", "--only_cueq=True"])
+def test_cuequivariance_gives_the_same_model(tmp_path, flags, plain, frames, flag, caplog):
+    """mace-torch loses the adapters with the first flag, and ignores the second."""
+    pytest.importorskip("cuequivariance_torch")
+    assert here(tmp_path, *flags, flag) == ""
+    assert "Converting the model (to_cueq) before the adapters are attached" in caplog.text
+    merged = load(tmp_path / "run.model")
+    assert not any("cueq" in type(m).__module__ for m in merged.modules())
+    one, other = outputs(merged, frames), outputs(load(plain / "run.model"), frames)
+    assert worst(one, other) < 1e-8
+    losses = [[line["loss"] for line in results(f)] for f in (tmp_path, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+
+
+@pytest.mark.parametrize("labels", ["labels of the old data", "pseudolabels"])
+def test_replay_with_two_heads(tmp_path, flags, small_data, foundation, frames, labels):
+    """Old data keep a head of their own; the adapter, loaded again, gives the model of both."""
+    replay = ase.io.read(small_data["valid"], index=":")
+    if labels == "pseudolabels":
+        for frame in replay:
+            del frame.info["REF_energy"], frame.arrays["REF_forces"]
+    ase.io.write(tmp_path / "replay.xyz", replay, format="extxyz")
+    more = ["--multiheads_finetuning=True", "--pt_train_file=replay.xyz", "--E0s=estimated"]
+    more += ["--force_mh_ft_lr=True"]
+    if labels == "pseudolabels":
+        more.append("--pseudolabel_replay=True")
+    assert here(tmp_path, *flags, *more) == ""
+    merged = load(tmp_path / "run.model")
+    assert set(merged.heads) == {"pt_head", "Default"}
+    adapted = load_adapter(foundation, tmp_path / "run_adapter")
+    assert worst(outputs(adapted, frames), outputs(merged, frames)) <= 1e-10
+    heads = {line["head"] for line in results(tmp_path) if line["mode"] == "eval"}
+    assert heads == {"pt_head", "Default"}
+
+
+def test_multihead_replay_says_which_learning_rate_it_takes(tmp_path, flags, small_data, caplog):
+    more = ["--multiheads_finetuning=True", f"--pt_train_file={small_data['valid']}"]
+    assert here(tmp_path, *flags, *more, "--max_num_epochs=1") == ""
+    assert "--force_mh_ft_lr=True" in caplog.text
+    groups = torch.load(tmp_path / LATEST, weights_only=True)["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups if "initial_lr" in group} <= {1e-4}
+
+
+def test_weight_decay_reaches_every_adapter_parameter_and_no_frozen_one(tmp_path, flags, plain):
+    """With AdamW and nothing to learn, each parameter shrinks by the same factor."""
+    more = ["--optimizer=adamw", "--weight_decay=10", "--lr=0.001", "--max_num_epochs=1"]
+    none = ["--energy_weight=0", "--forces_weight=0"]
+    states = []
+    for folder, decay in (
+        (tmp_path / "with", more),
+        (tmp_path / "without", [*more, "--weight_decay=0"]),
+    ):
+        assert here(folder, *flags, *decay, *none, "--E0s=foundation") == ""
+        states.append(torch.load(folder / LATEST, weights_only=True)["adapter"])
+    changed = 0
+    for name, start in states[1].items():
+        assert torch.allclose(states[0][name], start * (1 - 0.001 * 10) ** 2, rtol=1e-12)
+        changed += bool(start.abs().max() > 0)
+    assert changed >= len(states[1]) / 2  # the factors A; B starts at zero
+    one, other = (load(tmp_path / f / "run.model").state_dict() for f in ("with", "without"))
+    assert all(torch.equal(one[k], other[k]) for k in one)  # B is zero, and the base frozen
