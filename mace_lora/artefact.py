@@ -129,6 +129,8 @@ def _check_description(where: str, table: dict[str, Any]) -> None:
         and len(set(numbers)) == len(numbers),
         "heads": _is_list_of(heads, str),
     }
+    for key in ("atomic_energies", "scale", "shift"):
+        checks[key] = key in table
     if all(checks.values()):
         energies, size = table.get("atomic_energies"), (len(heads), len(numbers))
         checks["atomic_energies"] = energies is None or (
