@@ -93,7 +93,10 @@ class Fused(Way):
         known = self._fusions.get(model)
         if known is None or known[0] != modules:
             check_cpu(model)
-            known = self._fusions[model] = modules, Fusion(model)
+            # Modules are built here, whose initial weights are drawn: a run that is continued
+            # builds them at another place, and must draw the same numbers elsewhere
+            with torch.random.fork_rng(devices=[]):
+                known = self._fusions[model] = modules, Fusion(model)
         return known[1]
 
 
