@@ -49,9 +49,15 @@ class Speed:
     def plan(self, train_loader: Any, valid_loaders: Mapping[str, Any], epochs: int) -> None:
         """Before the first step: how many there will be, and of which sizes."""
         self._train_loader = train_loader
-        if self.name == "auto":
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        if self.name == "auto" and alone:
             self._auto = Auto(epochs * len(train_loader))
         if self.name not in _NEED_SHAPES:
+            return
+        if not alone:
+            logging.warning(
+                f"--step={self.name} is for one process, going on with {self.way.name} in several"
+            )
             return
         shapes, waste = plan(_shuffled_batches(train_loader))
         for loader in valid_loaders.values():
