@@ -194,3 +194,12 @@ def test_without_a_compiler_a_run_goes_on_in_eager(tmp_path, train_flags, founda
     done = run_with("fused", tmp_path, flags, foundation)
     assert done.stdout.count("--step=fused can't serve this run, which goes on in eager") == 1
     assert "no C++ compiler" in done.stdout
+
+
+def test_a_way_follows_a_cast(model, frames):
+    model, way = adapted(model), Fused()
+    step(way, model, frames_to_batch(frames, model))
+    model = model.float()
+    batch = frames_to_batch(frames, model)
+    expected, found = step(Way(), model, batch), step(way, model, batch)
+    assert differs(expected[1], found[1]) < 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -36,6 +37,7 @@ class Way:
         return contextlib.nullcontext()
 
 
-def modules_of(model: torch.nn.Module) -> tuple[int, ...]:
-    """Changes when adapters are injected into `model`, merged, or its modules exchanged."""
-    return tuple(id(module) for module in model.modules())
+def modules_of(model: torch.nn.Module) -> tuple[Hashable, ...]:
+    """Changes when adapters are injected into `model` or merged, or when it is cast or moved."""
+    parameter = next(model.parameters())
+    return parameter.dtype, parameter.device, *(id(module) for module in model.modules())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,7 +76,7 @@ class Fused(Way):
     name = "fused"
 
     def __init__(self) -> None:
-        self._fusions: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, ...], Fusion]] = (
+        self._fusions: WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Fusion]] = (
             WeakKeyDictionary()
         )
 

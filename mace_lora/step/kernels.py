@@ -48,7 +48,13 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> Non
 # sizes: channels, components of x, of y, of M
 
 
-@custom_op("mace_lora::conv", mutates_args=())
+# Schemas are written out, since older versions of torch can't read them off these annotations.
+@custom_op(
+    "mace_lora::conv",
+    mutates_args=(),
+    schema="(str by, Tensor? x, Tensor? y, Tensor? w, Tensor? g, Tensor senders, "
+    "Tensor receivers, Tensor[] tables, int[] sizes) -> Tensor",
+)
 def conv(
     by: str,
     x: Tensor | None,
@@ -72,7 +78,7 @@ def conv(
         tables, sizes: of a `products.Convolution`.
     """
     x, y, w, g = (t if t is None else t.contiguous() for t in (x, y, w, g))
-    out = _empty(by, x, y, w, g, senders, tables, sizes)
+    out = _empty(by, x, y, w, g, senders, receivers, tables, sizes)
     node = x if x is not None else g
     paths, entries, values, x_blocks, out_blocks = tables
     values = values.to(out.dtype)
@@ -93,8 +99,7 @@ def conv(
 
 
 @conv.register_fake
-def _empty(by, x, y, w, g, senders, tables_or_receivers, *rest):
-    tables, sizes = rest if len(rest) == 2 else (tables_or_receivers, rest[0])
+def _empty(by, x, y, w, g, senders, receivers, tables, sizes):
     channels, x_dim, y_dim, out_dim = sizes
     node = x if x is not None else g
     shape = {
@@ -133,7 +138,11 @@ conv.register_autograd(_differentiate, setup_context=_keep)
 # terms: (n, 4) of component k of f, and i, j, l of x, where n_x stands for the constant 1
 
 
-@custom_op("mace_lora::contract", mutates_args=())
+@custom_op(
+    "mace_lora::contract",
+    mutates_args=(),
+    schema="(Tensor x, Tensor p, Tensor element, Tensor terms, int n_k) -> Tensor",
+)
 def contract(x: Tensor, p: Tensor, element: Tensor, terms: Tensor, n_k: int) -> Tensor:
     """f[b, c, k] = sum over terms t of k: p[element[b], t, c] x[b, c, i] x[b, c, j] x[b, c, l].
 
@@ -153,7 +162,11 @@ def contract(x: Tensor, p: Tensor, element: Tensor, terms: Tensor, n_k: int) -> 
     return f
 
 
-@custom_op("mace_lora::contract_by_x", mutates_args=())
+@custom_op(
+    "mace_lora::contract_by_x",
+    mutates_args=(),
+    schema="(Tensor x, Tensor p, Tensor element, Tensor g, Tensor terms) -> Tensor",
+)
 def contract_by_x(x: Tensor, p: Tensor, element: Tensor, g: Tensor, terms: Tensor) -> Tensor:
     """The derivative of <g, f> by x: (atoms, channels, n_x)."""
     x, p, g = x.contiguous(), p.contiguous(), g.contiguous()
@@ -163,7 +176,12 @@ def contract_by_x(x: Tensor, p: Tensor, element: Tensor, g: Tensor, terms: Tenso
     return out
 
 
-@custom_op("mace_lora::contract_twice", mutates_args=())
+@custom_op(
+    "mace_lora::contract_twice",
+    mutates_args=(),
+    schema="(Tensor x, Tensor p, Tensor element, Tensor g, Tensor a, Tensor terms) "
+    "-> (Tensor, Tensor)",
+)
 def contract_twice(
     x: Tensor, p: Tensor, element: Tensor, g: Tensor, a: Tensor, terms: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -175,7 +193,12 @@ def contract_twice(
     return by_g, by_x
 
 
-@custom_op("mace_lora::contract_by_p", mutates_args=())
+@custom_op(
+    "mace_lora::contract_by_p",
+    mutates_args=(),
+    schema="(Tensor x, Tensor element, Tensor g, Tensor? a, Tensor terms, int n_elements) "
+    "-> Tensor",
+)
 def contract_by_p(
     x: Tensor, element: Tensor, g: Tensor, a: Tensor | None, terms: Tensor, n_elements: int
 ) -> Tensor:
