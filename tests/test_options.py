@@ -154,6 +154,16 @@ def test_scaling_by_the_root_of_the_rank(model):
         assert torch.allclose(2 * a.update, b.update, atol=1e-12)
 
 
+def test_a_recorded_step_cannot_drop_out(model):
+    """It would repeat one draw for ever, in validation too."""
+    from mace_lora.step.base import CannotServe
+    from mace_lora.step.compiled import Compiled
+
+    adapted(model, dropout=0.5)
+    with pytest.raises(CannotServe, match="dropout"), Compiled([]).active(model):
+        pass
+
+
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_rank_and_alpha_patterns(model, method):
     patterns = {"rank_pattern": (r"interactions\.0\.linear$=2", "interactions=3")}

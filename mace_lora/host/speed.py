@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from mace_lora.host import upstream
-from mace_lora.step.base import Way
+from mace_lora.step.base import Way, draws
 from mace_lora.step.choice import Auto, choose
 from mace_lora.step.padding import plan
 
@@ -77,6 +77,8 @@ class Speed:
         return done
 
     def _reconsider(self, auto: Auto, model: torch.nn.Module) -> None:
+        if draws(model):
+            return
         from mace_lora.step.compiled import expected_seconds
 
         shapes, _ = plan(_shuffled_batches(self._train_loader))

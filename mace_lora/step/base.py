@@ -37,6 +37,11 @@ class Way:
         return contextlib.nullcontext()
 
 
+def draws(model: torch.nn.Module) -> bool:
+    """Whether a module says that it draws random numbers in training: dropout of adapters."""
+    return any(getattr(module, "draws", False) is True for module in model.modules())
+
+
 def modules_of(model: torch.nn.Module) -> tuple[Hashable, ...]:
     """Changes when adapters are injected into `model` or merged, or when it is cast or moved."""
     parameter = next(model.parameters())

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mace_lora.step.base import CannotServe, Way, modules_of
+from mace_lora.step.base import CannotServe, Way, draws, modules_of
 from mace_lora.step.fusing import Fusion, check_cpu
 from mace_lora.step.padding import KEYS, Data, Shape, pad
 from mace_lora.step.tracing import PER_ATOM, Flags, Inputs
@@ -86,6 +86,8 @@ class _Model:
             raise CannotServe(
                 f"a {type(model).__name__} reads more than atoms and their neighbours"
             )
+        if draws(model):
+            raise CannotServe("dropout draws anew in each step, which a recorded step can't")
         on_cpu = next(model.parameters()).device.type == "cpu"
         if on_cpu:
             check_cpu(model)
