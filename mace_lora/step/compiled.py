@@ -37,7 +37,7 @@ class Compiled(Static):
     def record(
         self, inputs: Inputs, data: Data, shape: Shape, flags: Flags, training: bool
     ) -> Recorded:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(library.cache_folder() / "inductor"))
+        _use_our_cache()
         what = "training step" if training else "evaluation"
         logging.info(
             f"Compiling the {what} for up to {shape.structures - 1} structures, "
@@ -129,7 +129,21 @@ def _compile_pair(
 
 
 def _compile(graph: torch.fx.GraphModule, example: list[Tensor], backward: bool = False) -> Runner:
+    from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with torch.no_grad():
-        return compile_fx_inner(graph, example, is_backward=backward)
+    # without the shape environment of a trace, inductor leaves its cache aside
+    mode = graph.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode
+    mode.shape_env = mode.shape_env or ShapeEnv()
+    fakes = [mode.from_tensor(t, static_shapes=True) for t in example]
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        return compile_fx_inner(graph, fakes, is_backward=backward)
+
+
+def _use_our_cache() -> None:
+    """Inductor's own is a temporary folder, and it names it in the environment when imported."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(library.cache_folder() / "inductor")
