@@ -15,6 +15,7 @@ from mace_lora.adapters.registry import METHODS, get_method
 from mace_lora.blocks import find_sites
 from mace_lora.config import RunOptions
 from mace_lora.errors import ArtefactError, ConfigError, NoLayerMatched
+from mace_lora.host.signals import StopRequest
 from mace_lora.host.steps import Steps, steps_done
 from mace_lora.host.training import Training
 from mace_lora.injection import adapter_parameters, adapters
@@ -214,7 +215,7 @@ def test_a_pattern_must_match_an_adapted_layer(model):
 def training(*flags: str) -> Training:
     base = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", "--lora=True", *flags]
     args, _, options = cli.parse(base)
-    return Training(args, "x", options)
+    return Training(args, "x", options, StopRequest(), sources=lambda frames: "")
 
 
 def test_learning_rate_of_b(model):
