@@ -75,10 +75,14 @@ def variants(study: str) -> list[Variant]:
         )
         for rank, alpha in ((4, 1), (16, 16))
     ]
-    ours = [Variant(m, ["--foundation_model=mini", f"--adapter={m}"]) for m in METHODS]
-    flags = ["--foundation_model=mini", "--adapter=dora", "--dora_rank=0"]
-    small = Variant("dora, magnitudes alone", flags)
-    return [full, *theirs, *ours, small]
+    mine = [(f"{m}, its defaults", [f"--adapter={m}"]) for m in METHODS]
+    mine += [
+        ("dora, magnitudes alone", ["--adapter=dora", "--dora_rank=0"]),
+        ("lora, preset balanced", ["--lora=True", "--lora_preset=balanced"]),
+        ("elora, rank 4, alpha 2", ["--adapter=elora", "--elora_rank=4", "--elora_alpha=2"]),
+    ]
+    ours = [Variant(name, ["--foundation_model=mini", *flags]) for name, flags in mine]
+    return [full, *theirs, *ours]
 
 
 def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Path:
