@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from mace_lora import artefact
 from mace_lora.adapters.registry import METHODS, get_method
 from mace_lora.commands import COMMANDS
 from mace_lora.commands import run as run_command
@@ -118,6 +117,13 @@ def _our_flags() -> list[str]:
     return ["adapter", *(f.name for f in fields(RunOptions)), *flags]
 
 
+def _method_of(folder: str) -> AdapterConfig:
+    """Method and options of an adapter directory."""
+    from mace_lora import artefact  # needs torch, and the doctor speaks where torch is broken
+
+    return artefact.read(folder).config
+
+
 def _adapter(
     args: argparse.Namespace, given: dict[str, Any], start: str | None
 ) -> AdapterConfig | None:
@@ -129,7 +135,7 @@ def _adapter(
     if "lora" in given and not args.lora and method == "lora":
         raise ConfigError("--lora=False contradicts --adapter=lora: give one of them")
     method = method or ("lora" if args.lora else None)
-    begun = artefact.read(start).config if start else None
+    begun = _method_of(start) if start else None
     if begun and method is None:
         method = begun.method
     if method is not None:

@@ -1,6 +1,8 @@
 """`mace_lora doctor`: what it sees, and what it says of problems."""
 
 import json
+import subprocess
+import sys
 
 from mace_lora import doctor
 
@@ -44,3 +46,11 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "PACKAGES", ("mace-lora", "no-such-package-here"))
     assert doctor.main([]) == 1
     assert "no-such-package-here is not installed" in capsys.readouterr().out
+
+
+def test_it_speaks_where_torch_is_broken():
+    code = "import sys; sys.modules['torch'] = None; from mace_lora.cli import main_tools; "
+    code += "main_tools(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "torch can't be imported" in done.stdout

@@ -349,7 +349,7 @@ def test_an_interrupted_run_is_continued(tmp_path, data_dir):
     assert result["resumed"]
     (folder,) = tmp_path.glob("runs/*/*/*")
     log = (folder / "output.txt").read_text()
-    assert "Loading checkpoint" in log
+    assert "Continuing from" in log
 
 
 @pytest.mark.slow

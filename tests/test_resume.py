@@ -285,10 +285,10 @@ def test_accumulated_gradients_dropout_and_warm_up(tmp_path, flags):
 
 @pytest.mark.parametrize("more", [["--lbfgs"], ["--optimizer=schedulefree"]])
 def test_other_optimisers(tmp_path, flags, more):
-    """Interrupted at the end of an epoch; in float32, where mace-torch's LBFGS goes astray."""
+    """Interrupted at the end of an epoch."""
     if "schedulefree" in more[0]:
         pytest.importorskip("schedulefree")
-    flags = [f for f in flags if "swa" not in f] + [*more, "--default_dtype=float32"]
+    flags = [f for f in flags if "swa" not in f] + more
     flags += ["--batch_size=10"]
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     assert here(straight, *flags, "--max_num_epochs=2") == ""
