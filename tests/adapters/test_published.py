@@ -167,7 +167,8 @@ def bessel_as_parameter(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def small_model(golden: Golden, config: AdapterConfig) -> torch.nn.Module:
+def small_model(golden: Golden, config: AdapterConfig, adapted: bool = True) -> torch.nn.Module:
+    """The published model; not `adapted`: its base weights under fresh adapters."""
     model = bessel_as_parameter(mace(channels=8, mlp=8))
     state = golden.under("state/")
     with torch.no_grad():
@@ -176,9 +177,12 @@ def small_model(golden: Golden, config: AdapterConfig) -> torch.nn.Module:
         for name in ("scale", "shift"):
             buffer = getattr(model.scale_shift, name)
             buffer.copy_(state[f"scale_shift.{name}"].reshape(buffer.shape))
+    if not adapted:
+        load(model, {k: v for k, v in state.items() if k in dict(model.named_parameters())})
     inject(model, config)
     own = reference_parameters(model)
-    load(model, {k: v for k, v in state.items() if k in own})
+    if adapted:
+        load(model, {k: v for k, v in state.items() if k in own})
     return model
 
 
@@ -236,7 +240,22 @@ def test_model(name):
         for _, gate in adapters(model):
             gate.exponential = False
         output = predictions(model, golden)
-        assert_close(output["forces"], golden["phi_res/forces"], "forces with --mmea_gate=res")
+        for key in ("interaction_energy", "forces", "node_feats"):
+            assert_close(output[key], golden[f"phi_res/{key}"], f"{key} with --mmea_gate=res")
+        loss = published_loss(output, golden)
+        assert_close(loss, golden["phi_res/loss"], "loss with --mmea_gate=res")
+
+
+@pytest.mark.parametrize("name", [*cases("mmea_model"), *cases("elora_model")])
+def test_model_without_adapters(name):
+    """Gates that do nothing and B of zeros leave the published base model."""
+    golden = Golden(name)
+    config = AdapterConfig.create(name.partition("_")[0])
+    model = small_model(golden, config, adapted=False)
+    output = predictions(model, golden)
+    assert_close(output["forces"], golden["forces_without_adapters"], "forces")
+    energy = golden["energy_without_adapters"]
+    assert (output["energy"] - energy).abs().max() < 1e-12 * energy.abs().max()
 
 
 _COMPONENTS = {  # of the published count -> the kind of layer and the parameters that we count
