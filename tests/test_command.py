@@ -141,6 +141,20 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_info_says_where_the_checkpoint_stands(run, foundation):
+    done = subprocess.run(
+        [sys.executable, "-m", "mace_lora", "info", "checkpoints/run_run-1_latest.pt"],
+        cwd=run[0],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of a run with lora" in done.stdout
+    assert f"on {foundation}" in done.stdout
+    assert "at epoch 3, step 0" in done.stdout
+
+
 def test_the_adapter_holds_the_factors_alone(run, foundation):
     folder, _ = run
     config = json.loads((folder / "run_adapter/adapter_config.json").read_text())

@@ -98,7 +98,17 @@ def _checkpoint(path: Path) -> dict[str, Any] | None:
         "numbers": {str(key): value for key, value in content.items() if _is_number(value)},
         "tensors": len(tensors),
         "values": sum(t.numel() for t in tensors.values()),
+        "run": _run_of(content),
     }
+
+
+def _run_of(content: dict[str, Any]) -> dict[str, Any] | None:
+    """Which run a checkpoint of this package belongs to, and where that stands; else None."""
+    run, progress = content.get("run"), content.get("progress")
+    if not (isinstance(run, dict) and isinstance(progress, dict)):
+        return None
+    kept = {key: run.get(key) for key in ("method", "options", "base")}
+    return {**kept, "progress": progress}
 
 
 def _is_number(value: Any) -> bool:
@@ -223,6 +233,14 @@ def _say_checkpoint(data: dict[str, Any]) -> str:
         f"{data['path']}: a checkpoint, {_bytes(data['bytes'])}, {data['tensors']} tensors with "
         f"{data['values']:,} values"
     ]
+    if data["run"]:
+        run, at = data["run"], data["run"]["progress"]
+        options = ", ".join(f"{k}={v}" for k, v in run["options"].items() if v)
+        lines += [
+            f"  of a run with {run['method']} ({options}) on {run['base']['name']}",
+            f"  at epoch {at['epoch']}, step {at['steps']}; validation loss "
+            f"{at['initial_loss']:.4g} before training, {at['lowest_loss']:.4g} at the lowest",
+        ]
     lines += [f"  {key}: {value}" for key, value in data["numbers"].items()]
     lines += [
         f"  {key}: {part['tensors']} tensors, {part['values']:,} values"
