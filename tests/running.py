@@ -20,6 +20,15 @@ import torch
 
 from mace_lora import cli
 
+LATEST = "checkpoints/run_run-1_latest.pt"
+
+
+def short_run(data: dict[str, str], foundation: str, *more: str) -> list[str]:
+    """Flags of a LoRA run called `run` with seed 1 on the files of `small_data`."""
+    files = [f"--{part}_file={path}" for part, path in data.items()]
+    common = ["--lora=True", "--batch_size=5", "--lr=0.01", "--seed=1"]
+    return ["--name=run", f"--foundation_model={foundation}", *files, *common, *more]
+
 
 def here(folder: Path, *flags: str) -> str:
     """Run the command in this process, in `folder`; its error message, or "" if it ends well."""

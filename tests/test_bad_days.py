@@ -13,24 +13,14 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from running import here, results, same_weights
+from running import LATEST, here, results, same_weights, short_run
 
 from mace_lora.host.training import EXPLODED
-
-LATEST = "checkpoints/run_run-1_latest.pt"
 
 
 @pytest.fixture(scope="module")
 def flags(small_data, foundation) -> list[str]:
-    return [
-        "--name=run",
-        f"--foundation_model={foundation}",
-        *(f"--{part}_file={path}" for part, path in small_data.items()),
-        "--lora=True",
-        "--batch_size=5",
-        "--lr=0.01",
-        "--seed=1",
-    ]
+    return short_run(small_data, foundation)
 
 
 @pytest.fixture(scope="module")

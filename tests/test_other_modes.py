@@ -7,26 +7,15 @@ from pathlib import Path
 import ase.io
 import pytest
 import torch
-from running import here, results
+from running import LATEST, here, results, short_run
 
 from mace_lora import load_adapter
 from mace_lora.testing import outputs, worst
 
-LATEST = "checkpoints/run_run-1_latest.pt"
-
 
 @pytest.fixture(scope="module")
 def flags(small_data, foundation) -> list[str]:
-    return [
-        "--name=run",
-        f"--foundation_model={foundation}",
-        *(f"--{part}_file={path}" for part, path in small_data.items()),
-        "--lora=True",
-        "--batch_size=5",
-        "--max_num_epochs=2",
-        "--lr=0.01",
-        "--seed=1",
-    ]
+    return short_run(small_data, foundation, "--max_num_epochs=2")
 
 
 @pytest.fixture(scope="module")

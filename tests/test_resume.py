@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from running import here, process, results, same_weights, signal_after, wait_for_lines
+from running import (
+    LATEST,
+    here,
+    process,
+    results,
+    same_weights,
+    short_run,
+    signal_after,
+    wait_for_lines,
+)
 
 from mace_lora import load_adapter
 from mace_lora.host.saving import Saving
@@ -20,28 +29,15 @@ from mace_lora.host.signals import StopRequest
 from mace_lora.host.training import Training
 from mace_lora.testing import outputs, worst
 
-LATEST = "checkpoints/run_run-1_latest.pt"
 PREVIOUS = "checkpoints/run_run-1_previous.pt"
 
 
 @pytest.fixture(scope="module")
 def flags(small_data, foundation) -> list[str]:
     """Five steps per epoch, EMA, a plateau schedule that acts, stage two from epoch 4 on."""
-    return [
-        "--name=run",
-        f"--foundation_model={foundation}",
-        *(f"--{part}_file={path}" for part, path in small_data.items()),
-        "--lora=True",
-        "--batch_size=2",
-        "--valid_batch_size=5",
-        "--lr=0.01",
-        "--forces_weight=100",
-        "--scheduler_patience=0",
-        "--ema",
-        "--swa",
-        "--start_swa=4",
-        "--seed=1",
-    ]
+    schedule = ["--scheduler_patience=0", "--ema", "--swa", "--start_swa=4"]
+    more = ["--batch_size=2", "--valid_batch_size=5", "--forces_weight=100", *schedule]
+    return short_run(small_data, foundation, *more)
 
 
 @pytest.fixture(scope="module")

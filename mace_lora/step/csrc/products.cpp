@@ -4,7 +4,7 @@
 // operations they fill memory with intermediates of edges x channels x components; here each edge
 // (or atom) stays in registers and first-level cache, with the channels as the vector direction.
 //
-// Compiled once per machine by kernels.py, called through ctypes: plain C symbols, no torch headers.
+// Compiled once per machine by library.py, called through ctypes: plain C symbols, no torch headers.
 
 #include <cstdint>
 #include <cstring>
@@ -101,7 +101,7 @@ void conv_node(const T* nodes, const T* y, const T* w, const Index* from, const 
   const Groups groups(to, n_edges, n_nodes);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> sum(res_dim), weighted(MAX_MATRIX * 0 + 32 * u);
+    std::vector<T> sum(res_dim), weighted(32 * u);
     T a[MAX_MATRIX];
 #pragma omp for schedule(dynamic, 4)
     for (Index n = 0; n < n_nodes; ++n) {
