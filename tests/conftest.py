@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,14 @@ def ethanol(part: str, n: int) -> list[ase.Atoms]:
     for frame in frames:
         frame.pbc = False
     return frames
+
+
+@pytest.fixture(autouse=True)
+def _what_is_logged():
+    """A command run inside a test leaves the level of logging as it was."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture
