@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import reproduce  # noqa: E402
-from reproduction import datasets, download, foundation, protocol  # noqa: E402
+from reproduction import datasets, download, foundation, protocol, tables  # noqa: E402
 from reproduction.evaluation import load_model, predictions  # noqa: E402
 
 ETHANOL = datasets.System("rmd17", "ethanol")
@@ -246,6 +246,32 @@ def test_from_scratch_has_the_architecture_of_the_foundation_model():
     assert settings["hidden_irreps"] == "32x0e+32x1o"
     assert settings["num_cutoff_basis"] == 5
     assert "foundation_model" not in plan("acac", "--adapter=scratch", "--foundation_model=mini")
+
+
+def result(system: str, method: str, seed: int, forces: float) -> dict:
+    errors = {"energy_mae": 2 * forces, "forces_mae": forces, "frames": 9}
+    return {
+        **{"dataset": "rmd17", "system": system, "method": method, "title": method, "seed": seed},
+        **{"run": f"{method}-n50-seed{seed}", "foundation_model": "mini", "train_frames": 50},
+        **{"steps": 500, "trainable_parameters": 1234, "forgetting": None},
+        "errors": {"stage_one": {"MD": errors}},
+    }
+
+
+def test_several_systems_stand_side_by_side():
+    """A line per method with means over seeds, the lowest of each column in bold."""
+    found = [
+        *(result("aspirin", "full", seed, forces) for seed, forces in ((1, 20.0), (2, 24.0))),
+        *(result("ethanol", "full", 1, 10.0), result("aspirin", "lora", 1, 21.0)),
+    ]
+    lines = tables.markdown(tables.rows(found)).splitlines()
+    assert lines[lines.index("### All systems") + 2 :][:4] == [
+        "| meV / meV/Å | trained parameters | aspirin MD (MAE) | ethanol MD (MAE) |",
+        "|---|---|---|---|",
+        "| full | 1,234 | 44.0 / 22.0 | **20.0** / **10.0** |",
+        "| lora | 1,234 | **42.0** / **21.0** |  |",
+    ]
+    assert "### All systems" not in tables.markdown(tables.rows(found[:2]))
 
 
 def command(data_dir: Path, out: Path, *arguments: str) -> list[str]:

@@ -100,13 +100,54 @@ def _cell(value: Row, digits: int = 1) -> str:
 
 
 def markdown(table: list[Row]) -> str:
-    """A section per data set and molecule, a line per row, the last stage of each run."""
-    lines: list[str] = []
+    """All systems side by side, if there are several; then a section per data set and molecule with
+    a line per row. Of each run the last stage.
+    """
     shown = [row for row in table if row["last_stage"]]
-    for key in dict.fromkeys((r["dataset"], r["system"]) for r in shown):
+    systems = list(dict.fromkeys((r["dataset"], r["system"]) for r in shown))
+    lines = [*_overview(shown), ""] if len(systems) > 1 else []
+    for key in systems:
         mine = [row for row in shown if (row["dataset"], row["system"]) == key]
         lines += [*_section(mine), ""]
     return "\n".join(lines)
+
+
+def _overview(shown: list[Row]) -> list[str]:
+    """A line per method, a column per test set: energy / forces, the lowest mean in bold."""
+    tests = ((r["system"], r["measure"], test) for r in shown for test in r["errors"])
+    columns = list(dict.fromkeys(tests))
+    lines: dict[tuple[str, str], Row] = {}
+    for row in shown:
+        name = row["title"] + _differing(row)
+        line = lines.setdefault((row["foundation_model"] or "", name), {"name": name, **row})
+        for test, errors in row["errors"].items():
+            line[row["system"], row["measure"], test] = errors
+    lowest = {
+        (column, what): min(r[column][what]["mean"] for r in lines.values() if column in r)
+        for column in columns
+        for what in ("energy", "forces")
+    }
+
+    def cell(row: Row, column: tuple[str, str, str]) -> str:
+        texts = []
+        for what in ("energy", "forces") if column in row else ():
+            value = row[column][what]
+            mark = "**" if value["mean"] == lowest[column, what] else ""
+            texts.append(f"{mark}{value['mean']:.1f}{mark}")
+        return " / ".join(texts)
+
+    head = ["meV / meV/Å", "trained parameters"]
+    head += [f"{system} {test} ({measure.upper()})" for system, measure, test in columns]
+    return [
+        "### All systems",
+        "",
+        _line(head),
+        "|---" * len(head) + "|",
+        *(
+            _line([r["name"], f"{r['trainable_parameters']:,}", *(cell(r, c) for c in columns)])
+            for r in lines.values()
+        ),
+    ]
 
 
 def _section(mine: list[Row]) -> list[str]:
