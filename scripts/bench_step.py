@@ -97,7 +97,7 @@ class Contender:
             self._take, self._evaluate = speed.take_step, speed.evaluate
             if name in ("compile", "cudagraph"):
                 loader = _Loader([batch])
-                speed.plan(loader, {"valid": loader}, epochs=1)
+                speed.plan(self.model, loader, {"valid": loader}, epochs=1)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=1e-4, amsgrad=True)
         self.ema = ExponentialMovingAverage(trained, decay=0.99)

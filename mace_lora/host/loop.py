@@ -17,7 +17,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Progress:
         lowest_loss: of this stage.
         without_improvement: validations since then.
         stage_two: whether stage two (`--swa`) has begun.
+        way: how the steps of this run are computed, see `speed`.
     """
 
     epoch: int = 0
@@ -53,6 +54,7 @@ class Progress:
     lowest_loss: float = math.inf
     without_improvement: int = 0
     stage_two: bool = False
+    way: str = ""
 
 
 class Loop:
@@ -61,12 +63,16 @@ class Loop:
     Args:
         stop: says whether a signal has asked for an end.
         taken: takes the steps; says when the gradients of several batches wait.
-        keywords: what mace-torch hands to its `train`.
+        deliver: makes the batches of an epoch from mace-torch's loader.
+        keywords: what mace-torch hands to its `train`; its logger is a `steplog.StepLog`.
     """
 
-    def __init__(self, stop: StopRequest, taken: Steps, **keywords: Any) -> None:
+    def __init__(
+        self, stop: StopRequest, taken: Steps, deliver: Callable[[Any], Any], **keywords: Any
+    ) -> None:
         self.stop = stop
         self.taken = taken
+        self.deliver = deliver
         self.model: torch.nn.Module = keywords["model"]
         self.loss_fn = keywords["loss_fn"]
         self.train_loader = keywords["train_loader"]
@@ -222,6 +228,7 @@ class Loop:
         raise SystemExit(EXIT_CODE)
 
     def _save(self) -> None:
+        self.logger.look()  # a run that has diverged is not saved
         if self.rank == 0:
             self.checkpoints.write(self)
         self._saved_at = time.monotonic()
@@ -299,6 +306,6 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         loop = self._loop
         loop.order.begin(skip=loop.at.steps)
-        for batch in loop.train_loader:
+        for batch in loop.deliver(loop.train_loader):
             yield batch
             loop.between_steps()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from mace_lora.host import upstream
-from mace_lora.step.base import Way, draws
-from mace_lora.step.choice import Auto, choose
-from mace_lora.step.padding import plan
+from mace_lora.step.base import CannotServe, Way, draws
+from mace_lora.step.choice import Forecast, choose
+from mace_lora.step.padding import Shape, plan
 
 # Shuffled batches that the shapes for training are planned on
 SAMPLED_BATCHES = 300
 MOST_FRAMES = 2000
+# The share of a device's free memory that the training set may take, and its size on a CPU
+RESIDENT_SHARE, RESIDENT_ON_CPU = 0.25, 2**30
 _NEED_SHAPES = ("compile", "cudagraph")
 
 
@@ -34,8 +36,8 @@ class Speed:
         self.name = name
         self.way = choose("auto" if name in _NEED_SHAPES else name)
         self.evaluating = self.way
-        self._auto: Auto | None = None
-        self._train_loader: Any = None
+        self._resident: Any = None
+        self._whole: Any = None
 
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
@@ -46,44 +48,120 @@ class Speed:
             "evaluate_at_the_end": self.evaluate,
         }
 
-    def plan(self, train_loader: Any, valid_loaders: Mapping[str, Any], epochs: int) -> None:
-        """Before the first step: how many there will be, and of which sizes."""
-        self._train_loader = train_loader
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-        if self.name == "auto" and alone:
-            self._auto = Auto(epochs * len(train_loader))
-        if self.name not in _NEED_SHAPES:
-            return
-        if not alone:
+    # ------------------------------------------------------------------ before the first step
+
+    def plan(
+        self,
+        model: torch.nn.Module,
+        train_loader: Any,
+        valid_loaders: Mapping[str, Any],
+        epochs: int,
+        before: str = "",
+    ) -> str:
+        """Settle how the run computes.
+
+        Args:
+            model: with its adapters.
+            train_loader, valid_loaders: of mace-torch.
+            epochs: that are ahead.
+            before: what an earlier part of this run had settled, "" for none.
+
+        Returns:
+            The name of the way of the training steps, for a later part of this run.
+        """
+        name = self.name
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if name == "auto":
+            name = self._for_auto(model, train_loader, epochs, before, several)
+        if name not in _NEED_SHAPES:
+            return name
+        if several:
             logging.warning(
-                f"--step={self.name} is for one process, going on with {self.way.name} in several"
+                f"--step={name} is for one process, going on with {self.way.name} in several"
             )
-            return
+            return self.way.name
         shapes, waste = plan(_shuffled_batches(train_loader))
-        for loader in valid_loaders.values():
-            shapes += plan(_batches_in_order(loader))[0]
-        self.way = self.evaluating = choose(self.name, shapes)
+        every = list(shapes)
+        if self.name != "auto":  # which leaves evaluations as they are: they are few
+            for loader in valid_loaders.values():
+                every += plan(_batches_in_order(loader))[0]
+        self.way = choose(name, every)
+        if self.name != "auto":
+            self.evaluating = self.way
         logging.info(
-            f"--step={self.name}: training batches are padded to fixed shapes, "
+            f"--step={name}: training batches are padded to fixed shapes, "
             f"{100 * waste:.0f} % of their edges are padding"
         )
+        if name == "cudagraph":
+            self._prepare_capture(model, train_loader, shapes)
+        return name
+
+    def _for_auto(
+        self, model: torch.nn.Module, loader: Any, epochs: int, before: str, several: bool
+    ) -> str:
+        """What "auto" stands for: the same again for a run of the same kind."""
+        if next(model.parameters()).device.type != "cpu":
+            self.way = self.evaluating = choose("eager")
+            logging.info(
+                "--step=auto: eager on this device; --step=cudagraph captures whole steps and "
+                "replays them, for small molecules in small batches"
+            )
+            return self.way.name
+        if before in ("fused", "compile"):
+            logging.info(f"--step=auto: {before}, as this run has begun")
+            return before
+        if several or draws(model):
+            return "fused"
+        from mace_lora.step.compiled import expected_seconds
+
+        batches = _shuffled_batches(loader)
+        edges = sum(b[0] for b in batches) / len(batches)
+        cost = expected_seconds(_inner(model), plan(batches)[0])
+        forecast = Forecast.of(_inner(model), epochs * len(loader), edges, cost)
+        name = "compile" if forecast.compiling_pays else "fused"
+        logging.info(f"--step=auto: {name}. {forecast}")
+        return name
+
+    def _prepare_capture(
+        self, model: torch.nn.Module, loader: Any, shapes: Sequence[Shape]
+    ) -> None:
+        """What goes beyond forward and backward: the update, and frames that lie on the device."""
+        from mace_lora.step.resident import Resident
+        from mace_lora.step.whole import WholeStep
+
+        device = next(model.parameters()).device
+        try:
+            recorder = self.way.way.recorder(device)
+        except CannotServe:
+            return  # said once the first step is taken
+        self._whole = WholeStep(recorder)
+        needed = len(loader.dataset) * Resident.bytes_of(loader.dataset[0].to_dict())
+        if needed > _room(device):
+            logging.info(f"{needed / 1e9:.1f} GB of training frames stay with the loader")
+            return
+        frames = [f.to_dict() for f in loader.dataset]
+        try:
+            self._resident = Resident(frames, shapes, float(model.r_max), device, recorder)
+        except CannotServe as reason:
+            logging.info(f"Batches are collated by the loader: {reason}")
+
+    # ------------------------------------------------------------------ steps and evaluations
+
+    def batches(self, loader: Any) -> Any:
+        """The batches of `loader`, the training set's, in its order."""
+        if self._resident is None:
+            return loader
+        from mace_lora.step.resident import ResidentBatches
+
+        return ResidentBatches(self._resident, loader)
 
     def take_step(self, model: torch.nn.Module, **keywords: Any) -> Any:
         """Upstream's step on one batch."""
+        optimizer, ema = keywords["optimizer"], keywords["ema"]
+        if self._whole is not None and self._whole.serves(model, optimizer, ema):
+            return self._whole.take(self.way, model, **keywords)
         with _computing(model, self.way):
-            done = upstream.original("take_step")(model=model, **keywords)
-        if self._auto is not None and self._auto.is_time(done[1]["time"]):
-            self._reconsider(self._auto, model)
-        return done
-
-    def _reconsider(self, auto: Auto, model: torch.nn.Module) -> None:
-        if draws(model):
-            return
-        from mace_lora.step.compiled import expected_seconds
-
-        shapes, _ = plan(_shuffled_batches(self._train_loader))
-        if auto.compiling_pays(self.way, expected_seconds(_inner(model), shapes)):
-            self.way = choose("compile", shapes)  # evaluations stay fused
+            return upstream.original("take_step")(model=model, **keywords)
 
     def step_of_lbfgs(self, model: torch.nn.Module, **keywords: Any) -> Any:
         """Upstream's step of LBFGS, which calls the model with changing weights."""
@@ -98,6 +176,13 @@ class Speed:
 
 def _inner(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _room(device: torch.device) -> float:
+    """Bytes for frames on `device`."""
+    if device.type == "cuda":
+        return RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return RESIDENT_ON_CPU
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from mace_lora.host import upstream
 from mace_lora.host.loop import Loop
 from mace_lora.host.signals import StopRequest
 from mace_lora.host.speed import Speed
+from mace_lora.host.steplog import StepLog
 from mace_lora.host.steps import Steps
 from mace_lora.injection import adapters
 from mace_lora.progress import History, ProgressBar
@@ -132,14 +133,17 @@ class Training:
         self.valid_sets = [loader.dataset for loader in keywords["valid_loaders"].values()]
         self.valid_by_head = {n: v.dataset for n, v in keywords["valid_loaders"].items()}
         self.n_frames = len(keywords["train_loader"].dataset)
-        self.loop = loop = Loop(self.stop, self.steps, **keywords)
+        keywords["logger"] = StepLog(keywords["logger"], self._judge)
+        self.loop = loop = Loop(self.stop, self.steps, self.speed.batches, **keywords)
         loop.resume()
         steps = len(loop.train_loader)
         done = loop.at.epoch * steps + loop.at.steps
         self.steps.begin(steps, done)
         total = max(loop.max_num_epochs * steps, done)
         epochs_left = -(-(total - done) // max(steps, 1))
-        self.speed.plan(loop.train_loader, loop.valid_loaders, epochs_left)
+        loop.at.way = self.speed.plan(
+            loop.model, loop.train_loader, loop.valid_loaders, epochs_left, loop.at.way
+        )
         with ProgressBar(total, steps, done=done, enabled=loop.rank == 0) as self.bar:
             loop.run()
         loop.checkpoints.training_is_over()
@@ -156,18 +160,31 @@ class Training:
     def take_step(self, **keywords: Any) -> Any:
         """Upstream's step, computed the chosen way and seen by the bar."""
         loss, metrics = self.steps.take(self.speed.take_step, **keywords)
-        if not np.isfinite(float(metrics["loss"])) or self._has_exploded(metrics["loss"]):
-            raise self._diverged("training loss", metrics["loss"], self._frames())
-        if self.bar is not None:
-            self.bar.step(float(metrics["loss"]))
+        where = self.loop.at.epoch, self.loop.at.steps, self.loop.frames_of_this_step()
+        if torch.is_tensor(metrics["loss"]):  # on a device that works on meanwhile
+            return loss, {**metrics, "where": where}
+        self._judge(float(metrics["loss"]), where)
         return loss, metrics
+
+    def _judge(self, loss: float, where: tuple[int, int, list[int]]) -> None:
+        """The loss of the step at (epoch, step, frames).
+
+        Raises:
+            Diverged: it is not finite, or has exploded.
+        """
+        if not np.isfinite(loss) or self._has_exploded(loss):
+            epoch, step, indices = where
+            frames = self._frames(indices)
+            raise self._diverged("training loss", loss, f"epoch {epoch}, step {step}{frames}")
+        if self.bar is not None:
+            self.bar.step(loss)
 
     def _has_exploded(self, loss: Any) -> bool:
         """Far above the loss before training; upstream goes on until it is NaN, and then too."""
         initial = self.loop.at.initial_loss if self.loop is not None else np.inf
         return np.isfinite(initial) and float(loss) > EXPLODED * max(initial, 1.0)
 
-    def _diverged(self, what: str, loss: Any, frames: str = "") -> Diverged:
+    def _diverged(self, what: str, loss: Any, where: str) -> Diverged:
         """Upstream takes NaN for the best loss so far, and saves the model that gave it."""
         at, lr = self.loop.at, self.args.lr
         kept = f"try --lr={lr / 10:g}"
@@ -178,13 +195,12 @@ class Training:
                 f"on, try --lr={lr / 10:g}, with --restart_latest or from the start"
             )
         return Diverged(
-            f"the {what} is {float(loss):g} at epoch {at.epoch}, step {at.steps}{frames}: training "
+            f"the {what} is {float(loss):g} at {where}: training "
             f"has diverged at --lr={lr:g}; {kept}"
         )
 
-    def _frames(self) -> str:
-        """The frames of the step that was just done, for a message."""
-        indices = self.loop.frames_of_this_step()
+    def _frames(self, indices: list[int]) -> str:
+        """The frames of a step, for a message."""
         if not indices:
             return ""
         dataset = self.loop.train_loader.dataset
@@ -199,7 +215,9 @@ class Training:
         original(valid_loss, eval_metrics, logger, log_errors, *rest)
         epoch, head = (*rest, None, "Default")[:2]
         if not np.isfinite(float(valid_loss)) or self._has_exploded(valid_loss):
-            raise self._diverged(f"validation loss of head {head}", valid_loss)
+            at = self.loop.at
+            where = f"epoch {at.epoch}, step {at.steps}"
+            raise self._diverged(f"validation loss of head {head}", valid_loss, where)
         self.history.add(epoch, head, eval_metrics)
         if self.bar is not None:
             self.bar.validated(eval_metrics)

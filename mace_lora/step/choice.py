@@ -1,21 +1,28 @@
-"""Which way a run takes: the one that was asked for, or the one that pays."""
+"""Which way a run takes: the one that was asked for, or the one that is expected to pay.
+
+What "auto" chooses follows from what is known before the first step, never from measured times: two
+runs of one kind on one machine compute alike, to the last digit.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from mace_lora.step.base import CannotServe, Way
 from mace_lora.step.padding import Shape
 
-# Steps that are timed before "auto" decides; the first ones, which warm up, don't count
-TIMED, IGNORED = 12, 4
-# The share of a fused step that compiling saves: measured, MACE-OFF23 medium, 5 aspirin frames
-COMPILED_SAVES = 0.2
+# Seconds of a fused step in float64 on two cores, fitted to MACE-OFF23 medium (128 channels) and
+# mini (32), 300 to 6,000 edges: per layer, then per layer and edge; (constant, per channel)
+_PER_LAYER = (0.01, 1e-4)
+_PER_EDGE = (1e-5, 4e-7)
+# The share of a fused step that compiling saves, on one thread and on more: measured, MACE-OFF23
+# medium, 5 aspirin frames; the kernels use several threads better than inductor's loops
+_SAVES_ON_ONE, _SAVES_ON_MORE = 0.20, 0.03
 # Compiling must be expected to save this many times what it costs
 MARGIN = 2.0
 
@@ -70,39 +77,56 @@ class Chosen(Way):
             yield
 
 
-class Auto:
-    """Times the first steps of a run, then decides once whether compiling pays.
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is expected to take, from its own numbers alone.
 
-    Args:
-        steps: in the whole run.
+    Attributes:
+        step: seconds of a fused step.
+        steps: that are ahead.
+        saves: the share of a step that compiling saves.
+        cost: seconds to compile.
     """
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._seconds: list[float] = []
+    step: float
+    steps: int
+    saves: float
+    cost: float
 
-    def is_time(self, seconds: float) -> bool:
-        """Told how long each step took; True once, when enough are known."""
-        self._seconds.append(seconds)
-        return len(self._seconds) == TIMED
-
-    def compiling_pays(self, way: Way, cost: float) -> bool:
-        """Whether to go on compiled; says why.
-
-        Args:
-            way: that the steps were computed by.
-            cost: expected seconds to compile.
+    @classmethod
+    def of(cls, model: torch.nn.Module, steps: int, edges: float, cost: float) -> Forecast:
         """
-        usual = statistics.median(self._seconds[IGNORED:])
-        left = max(0, self._steps - TIMED)
-        said = f"--step=auto: {way.name}, {usual:.3g} s per step"
-        if way.name != "fused":
-            logging.info(said)
-            return False
-        saved = usual * left * COMPILED_SAVES
-        pays = saved > MARGIN * cost
-        logging.info(
-            f"{said}, about {usual * left:.0f} s for the {left} steps ahead. Compiling would take "
-            f"about {cost:.0f} s and save about {saved:.0f} s: {'worth it' if pays else 'not done'}"
+        Args:
+            model: a MACE model.
+            steps: that are ahead.
+            edges: of a batch, on average.
+            cost: seconds to compile.
+        """
+        layers, channels = _size(model)
+        per_layer = _PER_LAYER[0] + _PER_LAYER[1] * channels
+        per_edge = _PER_EDGE[0] + _PER_EDGE[1] * channels
+        saves = _SAVES_ON_ONE if torch.get_num_threads() == 1 else _SAVES_ON_MORE
+        return cls(layers * (per_layer + per_edge * edges), steps, saves, cost)
+
+    @property
+    def saved(self) -> float:
+        """Seconds that compiling is expected to save, its own cost not taken off."""
+        return self.step * self.steps * self.saves
+
+    @property
+    def compiling_pays(self) -> bool:
+        return self.saved > MARGIN * self.cost
+
+    def __str__(self) -> str:
+        return (
+            f"{self.steps} steps ahead, expected to take {self.step * self.steps:.0f} s fused; "
+            f"compiling is expected to cost {self.cost:.0f} s and to save {self.saved:.0f} s: "
+            f"{'worth it' if self.compiling_pays else 'not done'}"
         )
-        return pays
+
+
+def _size(model: torch.nn.Module) -> tuple[int, int]:
+    """(layers, channels) of a MACE model, as its first layer has them."""
+    layers = getattr(model, "interactions", ())
+    irreps = getattr(layers[0], "hidden_irreps", None) if len(layers) else None
+    return max(1, len(layers)), max((mul for mul, _ in irreps), default=1) if irreps else 128

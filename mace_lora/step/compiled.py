@@ -20,7 +20,7 @@ from torch import Tensor
 from mace_lora.files import whole_file
 from mace_lora.step import library
 from mace_lora.step.base import CannotServe
-from mace_lora.step.padding import Data, Shape
+from mace_lora.step.padding import Data, Padded, Shape
 from mace_lora.step.static import Recorded, Static
 from mace_lora.step.tracing import Flags, Inputs, trace
 
@@ -35,7 +35,7 @@ class Compiled(Static):
     name = "compile"
 
     def record(
-        self, inputs: Inputs, data: Data, shape: Shape, flags: Flags, training: bool
+        self, inputs: Inputs, data: Padded, shape: Shape, flags: Flags, training: bool
     ) -> Recorded:
         _use_our_cache()
         what = "training step" if training else "evaluation"
@@ -59,9 +59,13 @@ class Compiled(Static):
 
 
 def expected_seconds(model: torch.nn.Module, shapes: Iterable[Shape]) -> float:
-    """What compiling the training step will cost: as long as last time, if there was one."""
+    """What compiling the training step will cost: as long as last time, if there was one.
+
+    Never more than what is expected of a shape that was never compiled, so that a run which was
+    found worth compiling is found so again.
+    """
     known = _costs()
-    return sum(known.get(_key(model, shape), UNKNOWN_SECONDS) for shape in shapes)
+    return sum(min(known.get(_key(model, s), UNKNOWN_SECONDS), UNKNOWN_SECONDS) for s in shapes)
 
 
 def _key(model: torch.nn.Module, shape: Shape) -> str:
@@ -82,6 +86,8 @@ def _costs() -> dict[str, float]:
 
 
 def _remember(key: str, seconds: float) -> None:
+    """Note the shortest time so far: later runs find what this one has compiled."""
+    seconds = min(seconds, _costs().get(key, seconds))
     with whole_file(_costs_file()) as temporary:
         temporary.write_text(json.dumps({**_costs(), key: round(seconds, 1)}))
 

@@ -23,6 +23,9 @@ WASTE = 0.10
 MOST_SHAPES = 4
 
 Data = dict[str, Tensor]
+# Along the edges, and along the atoms; all else is one for each structure
+PER_EDGE = ("edge_index", "shifts", "unit_shifts")
+PER_ATOM = ("positions", "node_attrs", "batch", "forces", "charges", "density_coefficients")
 
 
 @dataclass(frozen=True, order=True)
@@ -41,6 +44,38 @@ class Shape:
     def holds(self, data: Data) -> bool:
         edges, atoms, structures = sizes(data)
         return edges <= self.edges and atoms < self.atoms and structures < self.structures
+
+
+class Padded(dict[str, Tensor]):
+    """A batch with the sizes of a shape.
+
+    Attributes:
+        shape: of which it is.
+        real: its edges, atoms and structures that are no padding: the first ones.
+        stays: whether the tensors stay where they are, and the next batch comes to the same place.
+    """
+
+    def __init__(
+        self, data: Data, shape: Shape, real: tuple[int, int, int], *, stays: bool = False
+    ) -> None:
+        super().__init__(data)
+        self.shape, self.real, self.stays = shape, real, stays
+
+    def unpadded(self) -> Data:
+        """The batch itself, without what it was filled up with."""
+        edges, atoms, structures = self.real
+        found = {}
+        for key, value in self.items():
+            if key in PER_EDGE:
+                found[key] = value[..., :edges] if key == "edge_index" else value[:edges]
+            elif key in PER_ATOM:
+                found[key] = value[:atoms]
+            elif key == "ptr":
+                found[key] = value[: structures + 1]
+            else:  # a cell has three rows
+                rows = value.shape[0] // self.shape.structures
+                found[key] = value[: structures * rows]
+        return found
 
 
 def _round_up(edges: int) -> int:
@@ -99,7 +134,7 @@ def _around_all(batches: Sequence[tuple[int, int, int]]) -> Shape:
     return Shape.around(*(max(b[i] for b in batches) for i in range(3)))
 
 
-def pad(data: Data, shape: Shape, r_max: float) -> Data:
+def pad(data: Data, shape: Shape, r_max: float) -> Padded:
     """The batch `data` with exactly the sizes of `shape`; only what is in KEYS.
 
     Args:
@@ -127,4 +162,5 @@ def pad(data: Data, shape: Shape, r_max: float) -> Data:
         "ptr": ends,
         "head": data["head"].new_zeros(more),
     }
-    return {k: torch.cat([data[k], fake[k]], dim=1 if k == "edge_index" else 0) for k in KEYS}
+    filled = {k: torch.cat([data[k], fake[k]], dim=1 if k == "edge_index" else 0) for k in KEYS}
+    return Padded(filled, shape, (edges, atoms, structures))

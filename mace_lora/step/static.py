@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mace_lora.step.base import CannotServe, Way, draws, modules_of
 from mace_lora.step.fusing import Fusion, check_cpu
-from mace_lora.step.padding import KEYS, Data, Shape, pad
+from mace_lora.step.padding import KEYS, Data, Padded, Shape, pad
 from mace_lora.step.tracing import PER_ATOM, Flags, Inputs
 
 # Modules that compute more from a batch than is in padding.KEYS
@@ -56,7 +56,7 @@ class Static(Way):
         self._models: dict[torch.nn.Module, _Model] = {}
 
     def record(
-        self, inputs: Inputs, data: Data, shape: Shape, flags: Flags, training: bool
+        self, inputs: Inputs, data: Padded, shape: Shape, flags: Flags, training: bool
     ) -> Recorded:
         """The model at one shape.
 
@@ -97,7 +97,6 @@ class _Model:
         self._class_forward: Callable[..., Any] = type(model).forward.__get__(model)
         self._model = model
         self._recorded: dict[tuple[Shape, Flags, bool], tuple[Recorded, Inputs]] = {}
-        self._recording = False
 
     def forward(
         self,
@@ -109,15 +108,16 @@ class _Model:
         **more: Any,
     ) -> dict[str, Tensor | None]:
         """Takes the place of the model's own forward."""
-        shape = next((s for s in self.way.shapes if s.holds(data)), None)
+        shape = self._shape_of(data)
         flags = (compute_force, compute_virials, compute_stress)
-        if self._recording or shape is None or any(more.values()):
+        if shape is None or any(more.values()):
+            plain = data.unpadded() if isinstance(data, Padded) else data
             return self._class_forward(
-                data, training, compute_force, compute_virials, compute_stress, **more
+                plain, training, compute_force, compute_virials, compute_stress, **more
             )
-        padded = pad(data, shape, self.r_max)
+        padded = data if isinstance(data, Padded) else pad(data, shape, self.r_max)
         try:
-            recorded, inputs = self._record(padded, shape, flags, training)
+            recorded, inputs = self._record(padded, flags, training)
         except CannotServe as reason:
             logging.warning(
                 f"--step={self.way.name} can't serve this run, which goes on in "
@@ -127,26 +127,23 @@ class _Model:
             return self.forward(data, training, *flags)
         given = [*(t.detach() for t in inputs.fixed.values()), *(padded[k] for k in KEYS)]
         values = _Run.apply(recorded, given, *inputs.trained.values())
-        n_structures, n_atoms = data["ptr"].shape[0] - 1, data["positions"].shape[0]
+        _, n_atoms, n_structures = padded.real
         return {
             name: value[: n_atoms if name in PER_ATOM else n_structures]
             for name, value in zip(recorded.names, values, strict=True)
         }
 
-    def _record(
-        self, padded: Data, shape: Shape, flags: Flags, training: bool
-    ) -> tuple[Recorded, Inputs]:
-        key = (shape, flags, training)
+    def _shape_of(self, data: Data) -> Shape | None:
+        if isinstance(data, Padded):
+            return data.shape if data.shape in self.way.shapes else None
+        return next((s for s in self.way.shapes if s.holds(data)), None)
+
+    def _record(self, data: Padded, flags: Flags, training: bool) -> tuple[Recorded, Inputs]:
+        key = (data.shape, flags, training)
         if key not in self._recorded:
             inputs = Inputs.of(self._model, self.fusion)
-            self._recording = True
-            try:
-                self._recorded[key] = (
-                    self.way.record(inputs, padded, shape, flags, training),
-                    inputs,
-                )
-            finally:
-                self._recording = False
+            recorded = self.way.record(inputs, data, data.shape, flags, training)
+            self._recorded[key] = recorded, inputs
         return self._recorded[key]
 
 
