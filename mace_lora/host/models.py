@@ -305,15 +305,23 @@ def frames_to_batch(
         head: of the model, the last one if None.
         keys: other names for the labels, `energy_key="energy"` for example.
     """
+    batches = upstream.module("mace.tools.torch_geometric").Batch
+    with default_dtype(next(model.parameters()).dtype):
+        batch = batches.from_data_list(frames_to_data(frames, model, head, **keys))
+    return batch.to(next(model.parameters()).device)
+
+
+def frames_to_data(
+    frames: Iterable[Any], model: torch.nn.Module, head: str | None = None, **keys: str
+) -> list[Any]:
+    """ASE frames as a data set of mace-torch; the arguments are those of `frames_to_batch`."""
     data = upstream.module("mace.data")
     defaults = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
     specification = data.update_keyspec_from_kwargs(data.KeySpecification(), {**defaults, **keys})
     table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
-    parameter = next(model.parameters())
     heads = getattr(model, "heads", None) or ["Default"]
-    head = head or heads[-1]
-    with default_dtype(parameter.dtype):
-        items = [
+    with default_dtype(next(model.parameters()).dtype):
+        return [
             data.AtomicData.from_config(
                 data.config_from_atoms(
                     atoms, key_specification=specification, head_name=head or heads[-1]
@@ -324,5 +332,3 @@ def frames_to_batch(
             )
             for atoms in frames
         ]
-        batch = upstream.module("mace.tools.torch_geometric").Batch.from_data_list(items)
-    return batch.to(parameter.device)

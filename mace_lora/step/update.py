@@ -39,6 +39,7 @@ class Update:
     ) -> None:
         self._optimizer, self._ema, self._max_norm = optimizer, ema, max_norm
         self.parameters = parameters_of(optimizer)
+        self._averaged = _parameters_of_average(ema)  # in an order of their own
         first = self.parameters[0]
         self._flat = first.new_zeros(sum(p.numel() for p in self.parameters)).detach()
         parts = self._flat.split([p.numel() for p in self.parameters])
@@ -67,7 +68,7 @@ class Update:
             return False
         mine = {id(p) for p in parameters_of(optimizer)}
         trained = {id(p) for p in model.parameters() if p.requires_grad}
-        averaged = mine if ema is None else {id(p()) for p in ema._params_refs}
+        averaged = mine if ema is None else {id(p) for p in _parameters_of_average(ema)}
         return mine == trained == averaged
 
     def fits(self, optimizer: Any, ema: Any, max_norm: float | None) -> bool:
@@ -129,7 +130,7 @@ class Update:
             self._adam(group, self._gradients[start:end], *numbers)
             start = end
         if self._ema is not None:
-            gaps = torch._foreach_sub(self._ema.shadow_params, self.parameters)
+            gaps = torch._foreach_sub(self._ema.shadow_params, self._averaged)
             torch._foreach_mul_(gaps, self._numbers[-1])
             torch._foreach_sub_(self._ema.shadow_params, gaps)
         return []
@@ -169,6 +170,10 @@ class Update:
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """In the order of its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _parameters_of_average(ema: Any) -> list[Any]:
+    return [] if ema is None else [reference() for reference in ema._params_refs]
 
 
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
