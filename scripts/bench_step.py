@@ -13,6 +13,8 @@ checks that the captured step gives the gradients of eager.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -40,8 +42,10 @@ from mace_lora.injection import inject  # noqa: E402
 from mace_lora.step.padding import plan, sizes  # noqa: E402
 
 Step = Callable[[], float]
+STEPS_CHECKED = 5
 WANTED = {"forces": True, "virials": False, "stress": False}
 UPSTREAM = "mace-torch --lora"
+CUEQ = " + cuequivariance"  # after a contender's name: on a model converted to it
 
 
 def medium(elements: list[int], channels: int = 128) -> torch.nn.Module:
@@ -75,47 +79,60 @@ class Contender:
     """A model with adapters and all that a step of it needs.
 
     Args:
-        name: UPSTREAM, or a value of `--step`.
-        batch: what it trains on.
+        name: UPSTREAM or a value of `--step`, with or without CUEQ.
+        data: the frames it trains on, all in one batch.
         base: makes the model.
         config: the adapter; its rank is upstream's too.
     """
 
     def __init__(
-        self, name: str, batch: Any, base: Callable[[], torch.nn.Module], config: AdapterConfig
+        self, name: str, data: Data, base: Callable[[], torch.nn.Module], config: AdapterConfig
     ) -> None:
-        self.model = base().to(batch.positions.device)
-        self.batch, self.name = batch, name
-        if name == UPSTREAM:
+        torch.set_default_dtype(data.dtype)
+        self.name, self.model = name, base().to(data.dtype).to(data.device)
+        self.device = data.device
+        self.loader = data.loader()
+        self.batches: Any = self.loader
+        self.batch = next(iter(self.loader)).to(self.device)
+        if name.endswith(CUEQ):  # before the adapters, which mace-torch's own order drops
+            self.model = upstream.original("to_cueq")(self.model, device=self.device)
+        self._way: Any = None
+        if name.startswith(UPSTREAM):
             rank = config.options.rank if config.method == "lora" else 4
             upstream.original("inject")(self.model, rank=rank, alpha=1.0)
             self._take = upstream.original("take_step")
             self._evaluate: Any = upstream.original("evaluate")
         else:
             inject(self.model, config)
-            speed = Speed(name)
+            speed = Speed(name.removesuffix(CUEQ))
             self._take, self._evaluate = speed.take_step, speed.evaluate
-            if name in ("compile", "cudagraph"):
-                loader = _Loader([batch])
-                speed.plan(self.model, loader, {"valid": loader}, epochs=1)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=1e-4, amsgrad=True)
-        self.ema = ExponentialMovingAverage(trained, decay=0.99)
-        self.loss_fn = modules.WeightedEnergyForcesLoss(1.0, 100.0).to(batch.positions.device)
+            speed.plan(self.model, self.loader, {"valid": self.loader}, epochs=1)
+            self.batches, self._way = speed.batches(self.loader), speed.way
+        self.optimizer = torch.optim.Adam(self.trained(), lr=1e-4, amsgrad=True)
+        self.ema = ExponentialMovingAverage(self.trained(), decay=0.99)
+        self.loss_fn = modules.WeightedEnergyForcesLoss(1.0, 100.0).to(self.device)
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def step(self) -> float:
-        """Seconds of one training step."""
-        return _timed(
-            lambda: self._take(
-                model=self.model,
-                loss_fn=self.loss_fn,
-                batch=self.batch,
-                optimizer=self.optimizer,
-                ema=self.ema,
-                output_args=WANTED,
-                max_grad_norm=10.0,
-                device=self.batch.positions.device,
-            )
+        """Seconds of one training step on a batch that is there."""
+        return _timed(lambda: self._step(self.batch))
+
+    def step_and_batch(self) -> float:
+        """Seconds of one training step, its batch made from the data set."""
+        return _timed(lambda: self._step(next(iter(self.batches))))
+
+    def _step(self, batch: Any) -> None:
+        self._take(
+            model=self.model,
+            loss_fn=self.loss_fn,
+            batch=batch,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            output_args=WANTED,
+            max_grad_norm=10.0,
+            device=self.device,
         )
 
     def evaluate(self) -> float:
@@ -126,35 +143,64 @@ class Contender:
                 loss_fn=self.loss_fn,
                 data_loader=[self.batch],
                 output_args=WANTED,
-                device=self.batch.positions.device,
+                device=self.device,
             )
         )
 
+    def forward(self) -> float:
+        """Seconds of energies and forces alone: the floor of a step."""
+        computing = contextlib.nullcontext() if self._way is None else self._way.active(self.model)
+        with computing:
+            return _timed(lambda: self.model(self.batch.to_dict(), compute_force=True))
+
     def gradients(self) -> list[torch.Tensor]:
-        self.step()
-        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        """Of the weights, after one step: Adam's first mean is a tenth of the clipped gradient."""
+        self._step(next(iter(self.batches)))
+        return [self.optimizer.state[p]["exp_avg"].clone() for p in self.trained()]
+
+    def after(self, steps: int) -> dict[str, torch.Tensor]:
+        """Weights and averages after some whole steps."""
+        for _ in range(steps):
+            self._step(next(iter(self.batches)))
+        found = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        return found | {f"EMA {i}": s.clone() for i, s in enumerate(self.ema.shadow_params)}
 
 
-class _Loader:
-    """Batches as a loader of one frame each, for planning shapes."""
+class Data:
+    """Frames of one batch, as a data set of mace-torch."""
 
-    batch_size = 1
+    def __init__(self, frames: list[Any], model: torch.nn.Module, device: str) -> None:
+        self.dtype = next(model.parameters()).dtype
+        self.device = torch.device(device)
+        self.frames = models.frames_to_data(frames, model)
 
-    def __init__(self, batches: list[Any]) -> None:
-        self.dataset = batches
+    def loader(self) -> Any:
+        loaders = upstream.module("mace.tools.torch_geometric.dataloader")
+        return loaders.DataLoader(
+            self.frames,
+            batch_size=len(self.frames),
+            shuffle=False,
+            generator=torch.Generator().manual_seed(0),
+        )
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def sizes(self) -> tuple[int, int, int]:
+        """(edges, atoms, frames)."""
+        edges = sum(f.edge_index.shape[1] for f in self.frames)
+        return edges, sum(f.num_nodes for f in self.frames), len(self.frames)
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
 
 
 def _timed(function: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def take_turns(steps: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, float]:
@@ -187,14 +233,13 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.frames = ase.io.read(args.frames, index=f":{max(args.growth)}")
+        self.frames = ase.io.read(args.frames, index=f":{max([*args.growth, *args.batch_size])}")
         self.elements = sorted({int(z) for f in self.frames for z in f.numbers})
         self.ways = [w for w in args.ways if w != "eager"]
 
-    def batch(self, n: int, dtype: torch.dtype, base: torch.nn.Module | None = None) -> Any:
+    def data(self, n: int, dtype: torch.dtype, base: torch.nn.Module | None = None) -> Data:
         base = (base or medium(self.elements, channels=1)).to(dtype)
-        torch.set_default_dtype(dtype)
-        return models.frames_to_batch(self.frames[:n], base).to(self.args.device)
+        return Data(self.frames[:n], base, self.args.device)
 
     def base(self) -> torch.nn.Module:
         return medium(self.elements, self.args.channels)
@@ -212,44 +257,68 @@ class Bench:
         if set(self.elements) <= {1, 6, 7, 8}:
             yield "LoRA, rank 4, mini", lora, f64, lambda: models.load("mini", dtype=f64)
 
+    def names(self) -> list[str]:
+        """Who takes turns; the first one is what the others are compared with."""
+        names = [UPSTREAM, "eager", *self.ways]
+        if self.args.device != "cuda" or importlib.util.find_spec("cuequivariance_torch") is None:
+            return names
+        return [*names, UPSTREAM + CUEQ, *(w + CUEQ for w in self.ways)]
+
     def steps(self) -> None:
-        rows = []
-        for title, config, dtype, base in self.cases():
-            batch = self.batch(self.args.batch_size, dtype, base() if "mini" in title else None)
-            names = [UPSTREAM, "eager", *self.ways]
-            all_of_them = {n: Contender(n, batch, base, config) for n in names}
-            seconds = take_turns({n: c.step for n, c in all_of_them.items()}, self.args.rounds)
-            measured = {"step": seconds}
-            if not rows:  # the floor of a step: energies and forces alone
-                evaluations = {n: c.evaluate for n, c in all_of_them.items()}
-                measured["evaluation"] = take_turns(evaluations, self.args.rounds)
-            for what, values in measured.items():
-                first = values[UPSTREAM]
-                ratios = [f"{values[n]:.3f} s, {values[n] / first:.2f}" for n in names[1:]]
-                rows.append([title, what, f"{first:.3f} s", *ratios])
-                print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-        edges = batch.edge_index.shape[1]
-        table(
-            f"{self.args.batch_size} frames, {edges} edges, {torch.get_num_threads()} threads: "
-            "seconds, and the ratio to mace-torch",
-            ["case", "what", UPSTREAM, "eager", *self.ways],
-            rows,
-        )
+        names = self.names()
+        for size in self.args.batch_size:
+            rows = []
+            for title, config, dtype, base in self.cases():
+                data = self.data(size, dtype, base() if "mini" in title else None)
+                all_of_them = {n: Contender(n, data, base, config) for n in names}
+                for what, seconds in self._measured(all_of_them, everything=not rows):
+                    first = seconds[UPSTREAM]
+                    ratios = [f"{seconds[n]:.4f} s, {seconds[n] / first:.2f}" for n in names[1:]]
+                    rows.append([title, what, f"{first:.4f} s", *ratios])
+                    print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+            table(
+                f"{size} frames, {data.sizes()[0]} edges, {self.args.device}, "
+                f"{torch.get_num_threads()} threads: {self.args.clock} seconds, and the ratio to "
+                "mace-torch",
+                ["case", "what", *names],
+                rows,
+            )
+
+    def _measured(
+        self, all_of_them: dict[str, Contender], everything: bool
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        rounds = self.args.rounds
+        yield "step", take_turns({n: c.step for n, c in all_of_them.items()}, rounds)
+        if not everything:
+            return
+        others = {
+            "step, batch made from the data set": "step_and_batch",
+            "evaluation": "evaluate",
+            "floor: energies and forces": "forward",
+        }
+        for what, method in others.items():
+            turns = {n: getattr(c, method) for n, c in all_of_them.items()}
+            yield what, take_turns(turns, rounds)
 
     def growth(self) -> None:
         rows = []
+        names = [UPSTREAM, "eager", *(w for w in self.ways if w != "compile")]
         for n in self.args.growth:
-            batch = self.batch(n, torch.float64)
+            data = self.data(n, torch.float64)
             config = AdapterConfig.create("lora", rank=4)
-            names = [UPSTREAM, *(w for w in self.ways if w != "compile")]
-            all_of_them = {m: Contender(m, batch, self.base, config) for m in names}
-            steps = {m: c.step for m, c in all_of_them.items()}
-            seconds = take_turns(steps, max(3, self.args.rounds // 3), warm_up=2)
-            edges, atoms, _ = sizes(batch.to_dict())
-            numbers = [f"{seconds[m]:.3f}" for m in names]
-            ratio = f"{seconds[names[1]] / seconds[UPSTREAM]:.2f}"
-            per_edge = f"{1e6 * seconds[names[1]] / edges:.0f}"
+            try:
+                all_of_them = {m: Contender(m, data, self.base, config) for m in names}
+                steps = {m: c.step for m, c in all_of_them.items()}
+                seconds = take_turns(steps, max(3, self.args.rounds // 3), warm_up=2)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{n} frames don't fit into the memory", file=sys.stderr)
+                break
+            edges, atoms, _ = data.sizes()
+            numbers = [f"{seconds[m]:.4f}" for m in names]
+            ratio = f"{seconds[names[-1]] / seconds[UPSTREAM]:.2f}"
+            per_edge = f"{1e6 * seconds[names[-1]] / edges:.1f}"
             rows.append([str(n), str(atoms), str(edges), *numbers, ratio, per_edge])
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
         columns = ["frames", "atoms", "edges", *names, "ratio", "µs per edge"]
         table("How the cost of a step grows (float64, LoRA, rank 4)", columns, rows)
 
@@ -259,16 +328,15 @@ class Bench:
         for name in (UPSTREAM, "eager", *(w for w in self.ways if w != "compile")):
             command = [sys.executable, __file__, "--frames", self.args.frames, "--peak", name]
             command += ["--device", self.args.device, "--channels", str(self.args.channels)]
-            command += ["--batch_size", str(self.args.batch_size)]
+            command += ["--batch_size", str(self.args.batch_size[0])]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             rows.append([name, f"{found['before']:.2f}", f"{found['peak']:.2f}"])
         table("Memory of a process (GB)", ["way", "before the first step", "peak"], rows)
 
     def peak(self, name: str) -> None:
-        batch = self.batch(self.args.batch_size, torch.float64)
-        config = AdapterConfig.create("lora", rank=4)
-        contender = Contender(name, batch, self.base, config)
+        data = self.data(self.args.batch_size[0], torch.float64)
+        contender = Contender(name, data, self.base, AdapterConfig.create("lora", rank=4))
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() / 1e9
@@ -300,22 +368,29 @@ class Bench:
         table(title, ["frames per batch", "edges of the shapes", "wasted edges"], rows)
 
     def check(self) -> None:
-        """The largest difference of the first gradients from eager's, relative to each tensor."""
-        batch = self.batch(self.args.batch_size, torch.float64)
+        """The largest differences from eager's: of the first gradients, and after whole steps."""
+        data = self.data(self.args.batch_size[0], torch.float64)
         rows, config = [], AdapterConfig.create("lora", rank=4, init="orthogonal")
         found = {}
         for name in ("eager", *self.ways):
             torch.manual_seed(1)
-            found[name] = Contender(name, batch, self.base, config).gradients()
+            contender = Contender(name, data, self.base, config)
+            gradients = dict(enumerate(contender.gradients()))
+            found[name] = gradients, contender.after(STEPS_CHECKED - 1)
         for name in self.ways:
-            pairs = zip(found["eager"], found[name], strict=True)
-            worst = max(
-                ((a - b).abs().max() / a.abs().max().clamp_min(1e-300)).item()
-                for a, b in pairs
-                if a.abs().max() > 0
-            )
-            rows.append([name, f"{worst:.1e}"])
-        table("Gradients against eager (relative)", ["way", "largest difference"], rows)
+            worst = [_apart(a, b) for a, b in zip(found["eager"], found[name], strict=True)]
+            rows.append([name, *(f"{w:.1e}" for w in worst)])
+        after = f"weights and averages after {STEPS_CHECKED} steps"
+        title = "Against eager, the largest difference relative to the largest value of a tensor"
+        table(title, ["way", "first gradients", after], rows)
+
+
+def _apart(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> float:
+    return max(
+        ((one[k] - other[k]).abs().max() / one[k].abs().max()).item()
+        for k in one
+        if one[k].abs().max() > 0
+    )
 
 
 def main() -> None:
@@ -328,14 +403,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch_size", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=None)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
     parser.add_argument("--channels", type=int, default=128)
-    parser.add_argument("--growth", type=int, nargs="*", default=[1, 5, 20])
+    parser.add_argument("--growth", type=int, nargs="*", default=None, help="frames of batches")
     parser.add_argument("--quick", action="store_true", help="LoRA of rank 4 alone, no growth")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.ways = args.ways or (["cudagraph"] if args.device == "cuda" else ["fused"])
-    args.growth = [n for n in args.growth if n > 0] or [args.batch_size]
+    on_cuda = args.device == "cuda"
+    args.ways = args.ways or (["cudagraph"] if on_cuda else ["fused"])
+    args.batch_size = args.batch_size or ([5, 64] if on_cuda else [5])
+    if args.growth is None:
+        args.growth = [1, 5, 20, 64, 128, 256, 512] if on_cuda else [1, 5, 20]
+    global clock
+    clock = CLOCKS[args.clock]
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_default_dtype(torch.float64)
