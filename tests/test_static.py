@@ -9,15 +9,16 @@ import pytest
 import torch
 import zoo
 from conftest import ethanol, run_command
+from running import LATEST, here, short_run
 from test_step import FRAMES, adapted, differs, step
 
 from mace_lora.host.models import default_dtype, frames_to_batch
 from mace_lora.injection import adapter_parameters
+from mace_lora.step import compiled
 from mace_lora.step.base import CannotServe, Way
-from mace_lora.step.choice import Auto, Chosen
+from mace_lora.step.choice import Chosen, Forecast
 from mace_lora.step.compiled import Compiled
 from mace_lora.step.cudagraph import Captured
-from mace_lora.step.fusing import Fused
 from mace_lora.step.padding import Shape, pad, plan, sizes
 from mace_lora.step.static import Recorded, Static
 from mace_lora.step.tracing import trace
@@ -145,16 +146,42 @@ def test_models_that_read_more_than_atoms_are_refused(build):
         pass
 
 
-def test_auto_compiles_long_runs_alone():
-    def decides(steps: int, seconds: float, cost: float) -> bool:
-        auto = Auto(steps)
-        told = [auto.is_time(seconds) for _ in range(30)]
-        assert told.count(True) == 1
-        return auto.compiling_pays(Fused(), cost)
+def test_auto_compiles_long_runs_alone(model):
+    def decides(steps: int, edges: int, cost: float) -> bool:
+        return Forecast.of(model, steps, edges, cost).compiling_pays
 
-    assert not decides(steps=1000, seconds=0.2, cost=120)
-    assert decides(steps=100_000, seconds=0.2, cost=120)
-    assert decides(steps=1000, seconds=0.2, cost=15)
+    assert not decides(steps=1000, edges=1500, cost=120)
+    assert decides(steps=1_000_000, edges=1500, cost=120)
+    assert decides(steps=20_000, edges=1500, cost=1)
+    assert not decides(steps=20_000, edges=10, cost=30)
+
+
+def test_what_was_worth_compiling_is_so_again(model, tmp_path, monkeypatch):
+    """However long it took: the next run of the kind finds it done."""
+    monkeypatch.setenv("MACE_LORA_CACHE", str(tmp_path))
+    shapes = [Shape(500, 40, 6), Shape(900, 60, 6)]
+    before = compiled.expected_seconds(model, shapes)
+    assert before == 2 * compiled.UNKNOWN_SECONDS
+    key = compiled._key(model, shapes[0])
+    compiled._remember(key, 10 * before)
+    assert compiled.expected_seconds(model, shapes) == before
+    for seconds in (15.0, 400.0):
+        compiled._remember(key, seconds)
+        assert compiled.expected_seconds(model, shapes) == compiled.UNKNOWN_SECONDS + 15
+
+
+def test_a_continued_run_computes_as_it_began(
+    tmp_path, small_data, foundation, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+    flags = short_run(small_data, foundation, "--step=auto")
+    assert here(tmp_path, *flags, "--max_num_epochs=1") == ""
+    assert torch.load(tmp_path / LATEST, weights_only=True)["progress"]["way"] == "fused"
+    assert "--step=auto: fused. 2 steps ahead" in caplog.text
+    monkeypatch.setattr(Forecast, "compiling_pays", True)  # compiled by another run meanwhile
+    assert here(tmp_path, *flags, "--max_num_epochs=2", "--restart_latest") == ""
+    assert "--step=auto: fused, as this run has begun" in caplog.text
+    assert "Compiling" not in caplog.text
 
 
 # ------------------------------------------------------------------ inductor: a minute each

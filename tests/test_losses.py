@@ -1,0 +1,67 @@
+"""Every loss of mace-torch for energies, forces, stresses and virials, every way to compute it."""
+
+from __future__ import annotations
+
+import argparse
+
+import ase
+import pytest
+import torch
+from mace.tools.scripts_utils import get_loss_fn
+from test_static import Traced
+from test_step import adapted, crystals, differs
+
+from mace_lora.host.models import default_dtype, frames_to_batch
+from mace_lora.injection import adapter_parameters
+from mace_lora.step import recording
+from mace_lora.step.base import Way
+from mace_lora.step.cudagraph import Captured
+from mace_lora.step.fusing import Fused
+from mace_lora.step.padding import Shape, sizes
+from mace_lora.step.whole import _SizesAreKnown
+
+# The flag's choices, but for models of dipoles
+LOSSES = ("ef", "weighted", "forces_only", "virials", "stress", "huber", "universal")
+LOSSES += ("l1l2energyforces",)
+
+
+def labelled() -> list[ase.Atoms]:
+    frames = crystals()
+    for frame in frames:
+        frame.info["REF_virials"] = -frame.info["REF_stress"] * frame.get_volume()
+    return frames
+
+
+def loss_named(name: str) -> torch.nn.Module:
+    weights = {f"{k}_weight": 2.0 for k in ("energy", "forces", "stress", "virials")}
+    flags = argparse.Namespace(loss=name, huber_delta=0.01, **weights)
+    return get_loss_fn(flags, dipole_only=False, compute_dipole=False)
+
+
+def gradients(way: Way, model: torch.nn.Module, batch, loss_fn: torch.nn.Module):
+    parameters = adapter_parameters(model)
+    with way.active(model):
+        found = model(batch.to_dict(), training=True, compute_virials=True, compute_stress=True)
+        with _SizesAreKnown(batch):
+            loss = loss_fn(pred=found, ref=batch)
+        return {"loss": loss.detach()}, dict(
+            zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_has_the_gradients_of_eager(build, monkeypatch, name, dtype):
+    monkeypatch.setattr(recording, "recorder_for", lambda device: recording.Called())
+    model = adapted(build("foundation")).to(dtype)
+    batch = frames_to_batch(labelled(), model)
+    edges, atoms, structures = sizes(batch.to_dict())
+    shapes = [Shape.around(edges + 9, atoms + 2, structures + 1)]
+    with default_dtype(dtype):
+        loss_fn = loss_named(name)
+    expected = gradients(Way(), model, batch, loss_fn)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    for way in (Fused(), Captured(shapes), Traced(shapes)):
+        found = gradients(way, model, batch, loss_fn)
+        assert differs(expected[0], found[0]) < tolerance, way.name
+        assert differs(expected[1], found[1]) < tolerance, way.name
