@@ -34,9 +34,11 @@ def choose(name: str, shapes: Sequence[Shape] = ()) -> Way:
         name: a value of `--step`.
         shapes: for the ways that compute batches of fixed shapes.
     """
-    if name == "eager":
-        return Way()
     # imported here: --help can do without e3nn
+    if name == "eager":
+        from mace_lora.step.fusing import Eager
+
+        return Eager()
     if name == "compile":
         from mace_lora.step.compiled import Compiled
 

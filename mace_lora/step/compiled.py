@@ -1,7 +1,7 @@
 """The way "compile": forward and backward as two graphs, compiled by inductor for a few shapes.
 
 Inductor keeps what it compiles in the cache folder. The graphs hold no weights, so every later run
-of the same architecture and shape finds them there.
+of the same architecture and shape finds them there, see `stored`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mace_lora.files import whole_file
-from mace_lora.step import library
+from mace_lora.step import library, stored
 from mace_lora.step.base import CannotServe
-from mace_lora.step.padding import Data, Padded, Shape
+from mace_lora.step.padding import KEYS, Padded, Shape
 from mace_lora.step.static import Recorded, Static
-from mace_lora.step.tracing import Flags, Inputs, trace
+from mace_lora.step.tracing import Flags, Inputs, trace, zeros_for_none
 
-Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 # Seconds to compile one shape that this machine has not compiled yet: MACE-OFF23 medium, 2 cores
 UNKNOWN_SECONDS = 120.0
 
@@ -50,9 +49,8 @@ class Compiled(Static):
             text = " ".join(str(error).split())[-300:]
             raise CannotServe(f"{type(error).__name__}: {text}") from error
         seconds = time.perf_counter() - start
-        logging.info(
-            f"Compiled the {what} in {seconds:.0f} s ({graph.seconds_to_trace:.0f} s to trace it)"
-        )
+        done = "Loaded" if graph.was_stored else "Compiled"
+        logging.info(f"{done} the {what} in {seconds:.0f} s")
         if training:
             _remember(_key(inputs.whole.model, shape), seconds)
         return graph
@@ -95,29 +93,59 @@ def _remember(key: str, seconds: float) -> None:
 class Graph(Recorded):
     """One compiled shape; `forward` also gives what `backward` needs of it."""
 
-    def __init__(self, inputs: Inputs, data: Data, flags: Flags, training: bool) -> None:
-        start = time.perf_counter()
-        joint, example, self.names = trace(inputs, data, flags, training=training)
-        self.seconds_to_trace = time.perf_counter() - start
-        self._saved: list[Tensor] = []
+    def __init__(self, inputs: Inputs, data: Padded, flags: Flags, training: bool) -> None:
+        key = stored.key_of(inputs.whole, data.shape, flags, training, list(inputs.trained))
+        found = stored.load(key)
+        self.was_stored = False
+        if found is not None:
+            self.names, self._graphs = found
+            self.was_stored = self._is_right(inputs, data, flags, training)
+        if not self.was_stored:
+            joint, example, self.names = trace(inputs, data, flags, training=training)
+            if training:
+                self._graphs = list(_compile_pair(joint, example, len(self.names)))
+            else:
+                self._graphs = [_compile(joint, example)]
+            stored.store(key, self.names, self._graphs)
+
+    def _is_right(self, inputs: Inputs, data: Padded, flags: Flags, training: bool) -> bool:
+        """Whether it computes this model: results and gradients of one batch."""
+        trained = [t.detach().requires_grad_(training) for t in inputs.trained.values()]
+        fixed = [t.detach() for t in inputs.fixed.values()]
+        expected = inputs.call(trained, fixed, {k: data[k] for k in KEYS}, training, flags)
+        if list(expected) != self.names:
+            return False
+        found, kept = self.forward(
+            [t.detach() for t in (*trained, *fixed)] + [data[k].detach() for k in KEYS]
+        )
+        pairs = list(zip(expected.values(), found, strict=True))
         if training:
-            self._forward, self._backward = _compile_pair(joint, example, len(self.names))
-        else:
-            self._forward = _compile(joint, example)
+            along = [torch.linspace(0.5, 1.5, v.numel()).to(v).view_as(v) for v in found]
+            reached = [(v, a) for v, a in zip(pairs, along, strict=True) if v[0].requires_grad]
+            right = torch.autograd.grad(
+                [v[0] for v, _ in reached], trained, [a for _, a in reached], allow_unused=True
+            )
+            pairs += zip(zeros_for_none(right, trained), self.backward(kept, along), strict=True)
+        return all(_agree(one.detach(), other) for one, other in pairs)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         with torch.no_grad():
-            found = self._forward(inputs)
+            found = self._graphs[0](inputs)
         n = len(self.names)
         return found[:n], found[n:]
 
     def backward(self, kept: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._backward([*kept, *cotangents])
+        return self._graphs[1]([*kept, *cotangents])
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-8 if one.dtype == torch.float64 else 1e-3
+    return bool((one - other).abs().max() <= tolerance * one.abs().max() + 1e-12)
 
 
 def _compile_pair(
     joint: torch.fx.GraphModule, example: list[Tensor], n_results: int
-) -> tuple[Runner, Runner]:
+) -> tuple[stored.Runner, stored.Runner]:
     """The joint graph of forward and backward, cut where least has to be kept in between."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -134,7 +162,9 @@ def _compile_pair(
     return forward, _compile(second, [*kept, *example[n_primals:]], backward=True)
 
 
-def _compile(graph: torch.fx.GraphModule, example: list[Tensor], backward: bool = False) -> Runner:
+def _compile(
+    graph: torch.fx.GraphModule, example: list[Tensor], backward: bool = False
+) -> stored.Runner:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch.fx.experimental.symbolic_shapes import ShapeEnv

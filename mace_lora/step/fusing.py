@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Hashable, Iterator
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,6 +75,7 @@ class Fused(Way):
     """Fusion for every model that it is asked for."""
 
     name = "fused"
+    kernels: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._fusions: WeakKeyDictionary[torch.nn.Module, tuple[Hashable, Fusion]] = (
@@ -92,12 +94,25 @@ class Fused(Way):
         modules = modules_of(model)
         known = self._fusions.get(model)
         if known is None or known[0] != modules:
-            check_cpu(model)
+            if self.kernels:
+                check_cpu(model)
             # Modules are built here, whose initial weights are drawn: a run that is continued
             # builds them at another place, and must draw the same numbers elsewhere
             with torch.random.fork_rng(devices=[]):
-                known = self._fusions[model] = modules, Fusion(model)
+                known = self._fusions[model] = modules, Fusion(model, kernels=self.kernels)
         return known[1]
+
+
+class Eager(Fused):
+    """mace-torch's own products; on a CPU e3nn's linear layers without TorchScript, which makes up
+    for the gradients of whole weights that adapters in weight space need."""
+
+    name = "eager"
+    kernels = False
+
+    def active(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return self.fusion(model).active() if on_cpu else contextlib.nullcontext()
 
 
 def check_cpu(model: torch.nn.Module) -> None:

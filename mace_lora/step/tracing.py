@@ -115,7 +115,7 @@ def trace(
         gradients = torch.autograd.grad(
             [f for f, _ in reached], mine, [a for _, a in reached], allow_unused=True
         )
-        return [*results, *_zeros_for_none(gradients, mine)]
+        return [*results, *zeros_for_none(gradients, mine)]
 
     example = [*trained, *fixed, *given, *cotangents]
     recorded = make_fx(function)(*example)
@@ -133,5 +133,6 @@ def _results(inputs, trained, fixed, data: Data, flags: Flags) -> dict[str, Tens
     return {k: v.detach() for k, v in found.items()}
 
 
-def _zeros_for_none(gradients, like) -> list[Tensor]:
+def zeros_for_none(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of parameters, some of which nothing depends on."""
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, like, strict=True)]
