@@ -124,10 +124,13 @@ def validation_metrics(loss_fn: torch.nn.Module) -> torch.nn.Module:
 
     mace-torch's losses add up over processes by themselves, batch by batch: right in training, but
     in a validation the loss comes out as many times too large as there are processes, and the run
-    hangs where one of them has a batch more than another.
+    hangs where one of them has a batch more than another. It also sums up each batch by itself,
+    for numbers that nobody reads; here batches are only added.
     """
     several = dist.is_available() and dist.is_initialized()
-    return upstream.original("metrics")(_OfThisProcess(loss_fn) if several else loss_fn)
+    metrics = upstream.original("metrics")(_OfThisProcess(loss_fn) if several else loss_fn)
+    metrics.forward = lambda *batch: (metrics.update(*batch), None)
+    return metrics
 
 
 def is_first() -> bool:

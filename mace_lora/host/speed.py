@@ -38,6 +38,7 @@ class Speed:
         self.evaluating = self.way
         self._resident: Any = None
         self._whole: Any = None
+        self._kept: dict[int, list[Any]] = {}  # by id of a validation set's loader: its batches
 
     def substitutes(self) -> dict[str, Any]:
         """Our functions by key of `upstream.NAMES`."""
@@ -75,11 +76,6 @@ class Speed:
             name = self._for_auto(model, train_loader, epochs, before, several)
         if name not in _NEED_SHAPES:
             return name
-        if several:
-            logging.warning(
-                f"--step={name} is for one process, going on with {self.way.name} in several"
-            )
-            return self.way.name
         shapes, waste = plan(_shuffled_batches(train_loader))
         every = list(shapes)
         if self.name != "auto":  # which leaves evaluations as they are: they are few
@@ -92,8 +88,8 @@ class Speed:
             f"--step={name}: training batches are padded to fixed shapes, "
             f"{100 * waste:.0f} % of their edges are padding"
         )
-        if name == "cudagraph":
-            self._prepare_capture(model, train_loader, shapes)
+        if name == "cudagraph" and not several:  # gradients are sent around between the two parts
+            self._prepare_capture(model, train_loader, valid_loaders, shapes)
         return name
 
     def _for_auto(
@@ -123,7 +119,11 @@ class Speed:
         return name
 
     def _prepare_capture(
-        self, model: torch.nn.Module, loader: Any, shapes: Sequence[Shape]
+        self,
+        model: torch.nn.Module,
+        loader: Any,
+        valid_loaders: Mapping[str, Any],
+        shapes: Sequence[Shape],
     ) -> None:
         """What goes beyond forward and backward: the update, and frames that lie on the device."""
         from mace_lora.step.resident import Resident
@@ -135,7 +135,7 @@ class Speed:
         except CannotServe:
             return  # said once the first step is taken
         self._whole = WholeStep(recorder)
-        needed = len(loader.dataset) * Resident.bytes_of(loader.dataset[0].to_dict())
+        needed = _bytes_of(loader.dataset)
         if needed > _room(device):
             logging.info(f"{needed / 1e9:.1f} GB of training frames stay with the loader")
             return
@@ -144,6 +144,8 @@ class Speed:
             self._resident = Resident(frames, shapes, float(model.r_max), device, recorder)
         except CannotServe as reason:
             logging.info(f"Batches are collated by the loader: {reason}")
+        sets = valid_loaders.values()
+        self._kept = {id(v): [] for v in sets if _bytes_of(v.dataset) < _room(device)}
 
     # ------------------------------------------------------------------ steps and evaluations
 
@@ -170,12 +172,24 @@ class Speed:
 
     def evaluate(self, model: torch.nn.Module, *rest: Any, **keywords: Any) -> Any:
         """Upstream's evaluation of a data set."""
+        loader = keywords.get("data_loader")
+        if id(loader) in self._kept:
+            kept = self._kept[id(loader)]
+            kept += [] if kept else [batch.to(keywords["device"]) for batch in loader]
+            keywords["data_loader"] = kept
         with _computing(model, self.evaluating):
             return upstream.original("evaluate")(model, *rest, **keywords)
 
 
 def _inner(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _bytes_of(dataset: Any) -> int:
+    """What a data set takes, if its frames are like its first one."""
+    from mace_lora.step.resident import Resident
+
+    return len(dataset) * Resident.bytes_of(dataset[0].to_dict())
 
 
 def _room(device: torch.device) -> float:

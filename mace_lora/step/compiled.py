@@ -95,18 +95,22 @@ class Graph(Recorded):
 
     def __init__(self, inputs: Inputs, data: Padded, flags: Flags, training: bool) -> None:
         key = stored.key_of(inputs.whole, data.shape, flags, training, list(inputs.trained))
-        found = stored.load(key)
-        self.was_stored = False
-        if found is not None:
-            self.names, self._graphs = found
-            self.was_stored = self._is_right(inputs, data, flags, training)
-        if not self.was_stored:
-            joint, example, self.names = trace(inputs, data, flags, training=training)
-            if training:
-                self._graphs = list(_compile_pair(joint, example, len(self.names)))
-            else:
-                self._graphs = [_compile(joint, example)]
-            stored.store(key, self.names, self._graphs)
+        self.names: list[str] = []
+        with stored.alone(key):
+            found = stored.load(key)
+            if found is not None:
+                self.names, self._graphs = found
+            self.was_stored = found is not None and self._is_right(inputs, data, flags, training)
+            if not self.was_stored:
+                self._compile(inputs, data, flags, training)
+                stored.store(key, self.names, self._graphs)
+
+    def _compile(self, inputs: Inputs, data: Padded, flags: Flags, training: bool) -> None:
+        joint, example, self.names = trace(inputs, data, flags, training=training)
+        if training:
+            self._graphs = list(_compile_pair(joint, example, len(self.names)))
+        else:
+            self._graphs = [_compile(joint, example)]
 
     def _is_right(self, inputs: Inputs, data: Padded, flags: Flags, training: bool) -> bool:
         """Whether it computes this model: results and gradients of one batch."""

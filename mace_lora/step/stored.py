@@ -12,6 +12,7 @@ import hashlib
 import pickle
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -71,6 +72,13 @@ def _path(key: str) -> Path:
     folder = library.cache_folder() / "graphs"
     folder.mkdir(exist_ok=True)
     return folder / f"{key}.pt"
+
+
+def alone(key: str) -> AbstractContextManager[Any]:
+    """One process at a time compiles a graph; the others wait, and load it."""
+    from filelock import FileLock
+
+    return FileLock(_path(key).with_suffix(".lock"))
 
 
 def store(key: str, names: list[str], graphs: Sequence[Any]) -> None:
