@@ -160,11 +160,17 @@ class Training:
     def take_step(self, **keywords: Any) -> Any:
         """Upstream's step, computed the chosen way and seen by the bar."""
         loss, metrics = self.steps.take(self.speed.take_step, **keywords)
-        where = self.loop.at.epoch, self.loop.at.steps, self.loop.frames_of_this_step()
+        where = self._where()
         if torch.is_tensor(metrics["loss"]):  # on a device that works on meanwhile
             return loss, {**metrics, "where": where}
         self._judge(float(metrics["loss"]), where)
         return loss, metrics
+
+    def _where(self) -> tuple[int, int, list[int]]:
+        """Epoch, step and frames of the step that is being done."""
+        if self.loop is None:  # mace-torch's own loop runs
+            return 0, 0, []
+        return self.loop.at.epoch, self.loop.at.steps, self.loop.frames_of_this_step()
 
     def _judge(self, loss: float, where: tuple[int, int, list[int]]) -> None:
         """The loss of the step at (epoch, step, frames).
