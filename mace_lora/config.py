@@ -14,7 +14,7 @@ WAYS: dict[str, str] = {
     "eager": "mace-torch's own operations",
     "fused": "on a CPU: kernels for the products of MACE",
     "compile": "fused, and the rest as one graph; minutes to compile, kept for the next run",
-    "cudagraph": "on a GPU: forward and backward captured once, then replayed",
+    "cudagraph": "on a GPU: whole steps captured once, then replayed",
 }
 # Options that say how factors are trained, not what they mean
 _FREE_TO_CHANGE = {"dropout", "lr_ratio", "init"}

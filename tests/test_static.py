@@ -179,6 +179,7 @@ def test_a_continued_run_computes_as_it_began(
     assert here(tmp_path, *flags, "--max_num_epochs=1") == ""
     assert torch.load(tmp_path / LATEST, weights_only=True)["progress"]["way"] == "fused"
     assert "--step=auto: fused. 2 steps ahead" in caplog.text
+    assert "s were expected of a fused one" in caplog.text
     monkeypatch.setattr(Forecast, "compiling_pays", True)  # compiled by another run meanwhile
     assert here(tmp_path, *flags, "--max_num_epochs=2", "--restart_latest") == ""
     assert "--step=auto: fused, as this run has begun" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class Speed:
         self.evaluating = self.way
         self._resident: Any = None
         self._whole: Any = None
+        self._expected = 0.0  # seconds of a fused step, where "auto" has estimated them
+        self._seconds: list[float] = []  # that steps took
         self._kept: dict[int, list[Any]] = {}  # by id of a validation set's loader: its batches
 
     def substitutes(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class Speed:
         edges = sum(b[0] for b in batches) / len(batches)
         cost = expected_seconds(_inner(model), plan(batches)[0])
         forecast = Forecast.of(_inner(model), epochs * len(loader), edges, cost)
+        self._expected = forecast.step
         name = "compile" if forecast.compiling_pays else "fused"
         logging.info(f"--step=auto: {name}. {forecast}")
         return name
@@ -163,7 +167,19 @@ class Speed:
         if self._whole is not None and self._whole.serves(model, optimizer, ema):
             return self._whole.take(self.way, model, **keywords)
         with _computing(model, self.way):
-            return upstream.original("take_step")(model=model, **keywords)
+            done = upstream.original("take_step")(model=model, **keywords)
+        if self._expected:
+            self._seconds.append(done[1]["time"])
+        return done
+
+    def say_what_was_gained(self) -> None:
+        """A line after the last step, where "auto" has chosen by an estimate."""
+        if self._seconds:
+            usual = statistics.median(self._seconds)
+            logging.info(
+                f"--step=auto: {self.way.name}, {usual:.3g} s per step; "
+                f"{self._expected:.3g} s were expected of a fused one"
+            )
 
     def step_of_lbfgs(self, model: torch.nn.Module, **keywords: Any) -> Any:
         """Upstream's step of LBFGS, which calls the model with changing weights."""

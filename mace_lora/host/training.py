@@ -146,6 +146,7 @@ class Training:
         )
         with ProgressBar(total, steps, done=done, enabled=loop.rank == 0) as self.bar:
             loop.run()
+        self.speed.say_what_was_gained()
         loop.checkpoints.training_is_over()
         if loop.rank == 0 and self.history:
             self._draw_learning_curve()
