@@ -13,206 +13,35 @@ checks that the captured step gives the gradients of eager.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
-import statistics
+import os
 import subprocess
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
+import ase.io
+import bench_parts
+import numpy as np
+import torch
+from bench_parts import CLOCKS, CUEQ, UPSTREAM, Contender, Data, medium, take_turns
 
-import ase.io  # noqa: E402
-import mace  # noqa: E402, F401  (prepares e3nn for current torch versions)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from e3nn import o3  # noqa: E402
-from mace import modules  # noqa: E402
-from torch_ema import ExponentialMovingAverage  # noqa: E402
+from mace_lora.config import AdapterConfig
+from mace_lora.host import models
+from mace_lora.step.padding import plan, sizes
 
-from mace_lora.config import AdapterConfig  # noqa: E402
-from mace_lora.host import models, upstream  # noqa: E402
-from mace_lora.host.speed import Speed  # noqa: E402
-from mace_lora.injection import inject  # noqa: E402
-from mace_lora.step.padding import plan, sizes  # noqa: E402
-
-Step = Callable[[], float]
 STEPS_CHECKED = 5
-WANTED = {"forces": True, "virials": False, "stress": False}
-UPSTREAM = "mace-torch --lora"
-CUEQ = " + cuequivariance"  # after a contender's name: on a model converted to it
-
-
-def medium(elements: list[int], channels: int = 128) -> torch.nn.Module:
-    """A ScaleShiftMACE of the size of MACE-OFF23 medium, untrained, for `elements`."""
-    torch.manual_seed(0)
-    block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
-    return modules.ScaleShiftMACE(
-        r_max=5.0,
-        num_bessel=8,
-        num_polynomial_cutoff=5,
-        max_ell=3,
-        interaction_cls=block,
-        interaction_cls_first=block,
-        num_interactions=2,
-        num_elements=len(elements),
-        hidden_irreps=o3.Irreps(f"{channels}x0e + {channels}x1o"),
-        MLP_irreps=o3.Irreps("16x0e"),
-        atomic_energies=-np.ones((1, len(elements))),
-        avg_num_neighbors=14.0,
-        atomic_numbers=elements,
-        correlation=3,
-        gate=torch.nn.functional.silu,
-        radial_MLP=[64, 64, 64],
-        heads=["Default"],
-        atomic_inter_scale=1.0,
-        atomic_inter_shift=0.0,
-    )
-
-
-class Contender:
-    """A model with adapters and all that a step of it needs.
-
-    Args:
-        name: UPSTREAM or a value of `--step`, with or without CUEQ.
-        data: the frames it trains on, all in one batch.
-        base: makes the model.
-        config: the adapter; its rank is upstream's too.
-    """
-
-    def __init__(
-        self, name: str, data: Data, base: Callable[[], torch.nn.Module], config: AdapterConfig
-    ) -> None:
-        torch.set_default_dtype(data.dtype)
-        self.name, self.model = name, base().to(data.dtype).to(data.device)
-        self.device = data.device
-        self.loader = data.loader()
-        self.batches: Any = self.loader
-        self.batch = next(iter(self.loader)).to(self.device)
-        if name.endswith(CUEQ):  # before the adapters, which mace-torch's own order drops
-            self.model = upstream.original("to_cueq")(self.model, device=self.device)
-        self._way: Any = None
-        if name.startswith(UPSTREAM):
-            rank = config.options.rank if config.method == "lora" else 4
-            upstream.original("inject")(self.model, rank=rank, alpha=1.0)
-            self._take = upstream.original("take_step")
-            self._evaluate: Any = upstream.original("evaluate")
-        else:
-            inject(self.model, config)
-            speed = Speed(name.removesuffix(CUEQ))
-            self._take, self._evaluate = speed.take_step, speed.evaluate
-            speed.plan(self.model, self.loader, {"valid": self.loader}, epochs=1)
-            self.batches, self._way = speed.batches(self.loader), speed.way
-        self.optimizer = torch.optim.Adam(self.trained(), lr=1e-4, amsgrad=True)
-        self.ema = ExponentialMovingAverage(self.trained(), decay=0.99)
-        self.loss_fn = modules.WeightedEnergyForcesLoss(1.0, 100.0).to(self.device)
-
-    def trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def step(self) -> float:
-        """Seconds of one training step on a batch that is there."""
-        return _timed(lambda: self._step(self.batch))
-
-    def step_and_batch(self) -> float:
-        """Seconds of one training step, its batch made from the data set."""
-        return _timed(lambda: self._step(next(iter(self.batches))))
-
-    def _step(self, batch: Any) -> None:
-        self._take(
-            model=self.model,
-            loss_fn=self.loss_fn,
-            batch=batch,
-            optimizer=self.optimizer,
-            ema=self.ema,
-            output_args=WANTED,
-            max_grad_norm=10.0,
-            device=self.device,
-        )
-
-    def evaluate(self) -> float:
-        """Seconds to evaluate the batch: energies, forces and metrics."""
-        return _timed(
-            lambda: self._evaluate(
-                model=self.model,
-                loss_fn=self.loss_fn,
-                data_loader=[self.batch],
-                output_args=WANTED,
-                device=self.device,
-            )
-        )
-
-    def forward(self) -> float:
-        """Seconds of energies and forces alone: the floor of a step."""
-        computing = contextlib.nullcontext() if self._way is None else self._way.active(self.model)
-        with computing:
-            return _timed(lambda: self.model(self.batch.to_dict(), compute_force=True))
-
-    def gradients(self) -> list[torch.Tensor]:
-        """Of the weights, after one step: Adam's first mean is a tenth of the clipped gradient."""
-        self._step(next(iter(self.batches)))
-        return [self.optimizer.state[p]["exp_avg"].clone() for p in self.trained()]
-
-    def after(self, steps: int) -> dict[str, torch.Tensor]:
-        """Weights and averages after some whole steps."""
-        for _ in range(steps):
-            self._step(next(iter(self.batches)))
-        found = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        return found | {f"EMA {i}": s.clone() for i, s in enumerate(self.ema.shadow_params)}
-
-
-class Data:
-    """Frames of one batch, as a data set of mace-torch."""
-
-    def __init__(self, frames: list[Any], model: torch.nn.Module, device: str) -> None:
-        self.dtype = next(model.parameters()).dtype
-        self.device = torch.device(device)
-        self.frames = models.frames_to_data(frames, model)
-
-    def loader(self) -> Any:
-        loaders = upstream.module("mace.tools.torch_geometric.dataloader")
-        return loaders.DataLoader(
-            self.frames,
-            batch_size=len(self.frames),
-            shuffle=False,
-            generator=torch.Generator().manual_seed(0),
-        )
-
-    def sizes(self) -> tuple[int, int, int]:
-        """(edges, atoms, frames)."""
-        edges = sum(f.edge_index.shape[1] for f in self.frames)
-        return edges, sum(f.num_nodes for f in self.frames), len(self.frames)
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-clock = CLOCKS["wall"]
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = clock()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def take_turns(steps: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """The median seconds of each, over `rounds` in which each has one turn."""
-    for step in steps.values():
-        for _ in range(warm_up):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            seconds[name].append(step())
-    return {name: statistics.median(values) for name, values in seconds.items()}
+# The whole run: rMD17's quick validation
+RUN_FRAMES = 50
+RUN_FLAGS = (
+    *("--name=run", "--lora=True", "--lora_rank=4", "--batch_size=5", "--valid_batch_size=10"),
+    *("--E0s=estimated", "--lr=0.005", "--ema", "--amsgrad", "--default_dtype=float64", "--seed=1"),
+    *("--forces_weight=100", "--energy_weight=1", "--error_table=PerAtomMAE"),
+)
 
 
 def _memory(key: str) -> float:
@@ -349,6 +178,42 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else _memory("VmHWM")
         print(json.dumps({"before": before, "peak": peak}))
 
+    def whole_run(self) -> None:
+        """Wall time of the two commands, from start to finished model, evaluations included."""
+        frames = ase.io.read(self.args.frames, index=f":{2 * RUN_FRAMES}")
+        ours = [sys.executable, "-m", "mace_lora", "train", f"--step={self.ways[-1]}"]
+        theirs = [sys.executable, "-c", "from mace.cli.run_train import main; main()"]
+        rows = []
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            torch.save(self.base().float(), folder / "medium.model")
+            for part, of in (("train", frames[:RUN_FRAMES]), ("valid", frames[RUN_FRAMES:])):
+                ase.io.write(folder / f"{part}.xyz", of)
+            flags = [*RUN_FLAGS, f"--max_num_epochs={self.args.whole_run}"]
+            flags += [f"--device={self.args.device}", f"--foundation_model={folder}/medium.model"]
+            flags += [f"--{part}_file={folder}/{part}.xyz" for part in ("train", "valid")]
+            for who, command in ((UPSTREAM, theirs), (f"--step={self.ways[-1]}", ours)):
+                (folder / who).mkdir()
+                start = time.perf_counter()
+                environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+                done = subprocess.run(
+                    [*command, *flags],
+                    cwd=folder / who,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode:
+                    raise SystemExit(f"{who} failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+                seconds = time.perf_counter() - start
+                rows.append([who, f"{seconds:.0f} s"])
+        title = (
+            f"Whole runs: {self.args.whole_run} epochs, {RUN_FRAMES} training and "
+            f"{len(frames) - RUN_FRAMES} validation frames, batches of 5"
+        )
+        table(title, ["command", "wall time"], rows)
+
     def padding(self) -> None:
         """Shapes for shuffled batches of frames of different molecules."""
         frames = [f for path in self.args.mixed for f in ase.io.read(path, index=":50")]
@@ -407,6 +272,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--growth", type=int, nargs="*", default=None, help="frames of batches")
+    parser.add_argument("--whole_run", type=int, default=None, help="epochs of whole runs; 0: none")
     parser.add_argument("--quick", action="store_true", help="LoRA of rank 4 alone, no growth")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -415,8 +281,9 @@ def main() -> None:
     args.batch_size = args.batch_size or ([5, 64] if on_cuda else [5])
     if args.growth is None:
         args.growth = [1, 5, 20, 64, 128, 256, 512] if on_cuda else [1, 5, 20]
-    global clock
-    clock = CLOCKS[args.clock]
+    if args.whole_run is None:
+        args.whole_run = 500 if on_cuda and not args.quick else 0
+    bench_parts.use_clock(args.clock)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_default_dtype(torch.float64)
@@ -429,6 +296,8 @@ def main() -> None:
     if not args.quick:
         bench.growth()
         bench.memory()
+    if args.whole_run:
+        bench.whole_run()
     if args.mixed:
         bench.padding()
 
