@@ -29,10 +29,15 @@ class WholeStep:
     def __init__(self, recorder: Replayed | Called) -> None:
         self._recorder = recorder
         self._update: Update | None = None
+        self._asked: tuple[Any, Any] | None = None
+        self._serves = False
 
     def serves(self, model: torch.nn.Module, optimizer: Any, ema: Any) -> bool:
         """Whether the optimiser is one that can be recorded; else forward and backward are."""
-        return Update.serves(optimizer, ema, model)
+        if self._asked is None or self._asked[0] is not optimizer or self._asked[1] is not ema:
+            self._asked = optimizer, ema
+            self._serves = Update.serves(optimizer, ema, model)
+        return self._serves
 
     def take(
         self,
