@@ -16,6 +16,7 @@ from running import LATEST, here, results, same_weights, short_run, signal_after
 from test_step import FRAMES, adapted, differs, step
 from torch_ema import ExponentialMovingAverage
 
+from mace_lora.host import upstream
 from mace_lora.host.models import frames_to_batch, frames_to_data
 from mace_lora.step import recording
 from mace_lora.step.base import Way
@@ -43,6 +44,18 @@ def test_gradients_of_eager_batch_after_batch(build, frames):
     way = Captured([Shape.around(edges, atoms, structures)])
     for batch in batches:
         expected, found = (step(w, model, batch, stress) for w in (Way(), way))
+        assert differs(expected[0], found[0]) < 1e-10
+        assert differs(expected[1], found[1]) < 1e-10
+
+
+def test_gradients_of_a_model_converted_to_cuequivariance(build, frames):
+    pytest.importorskip("cuequivariance_torch")
+    model = adapted(upstream.original("to_cueq")(build("foundation"), device="cpu"))
+    assert any("cuequivariance" in type(m).__module__ for m in model.modules())
+    batch = frames_to_batch(frames, model)
+    way = Captured([Shape.around(*sizes(batch.to_dict()))])
+    for _ in range(2):
+        expected, found = (step(w, model, batch) for w in (Way(), way))
         assert differs(expected[0], found[0]) < 1e-10
         assert differs(expected[1], found[1]) < 1e-10
 

@@ -116,12 +116,11 @@ class Graph(Recorded):
         """Whether it computes this model: results and gradients of one batch."""
         trained = [t.detach().requires_grad_(training) for t in inputs.trained.values()]
         fixed = [t.detach() for t in inputs.fixed.values()]
-        expected = inputs.call(trained, fixed, {k: data[k] for k in KEYS}, training, flags)
+        batch = {k: data[k].detach() for k in KEYS}
+        expected = inputs.call(trained, fixed, dict(batch), training, flags)
         if list(expected) != self.names:
             return False
-        found, kept = self.forward(
-            [t.detach() for t in (*trained, *fixed)] + [data[k].detach() for k in KEYS]
-        )
+        found, kept = self.forward([*(t.detach() for t in trained), *fixed, *batch.values()])
         pairs = list(zip(expected.values(), found, strict=True))
         if training:
             along = [torch.linspace(0.5, 1.5, v.numel()).to(v).view_as(v) for v in found]

@@ -92,7 +92,8 @@ class _Model:
         if on_cpu:
             check_cpu(model)
         self.way, self.modules = way, modules_of(model)
-        self.fusion = Fusion(model, kernels=on_cpu)
+        with torch.random.fork_rng(devices=[]):  # see `fusing.Fused.fusion`
+            self.fusion = Fusion(model, kernels=on_cpu)
         self.r_max = float(model.r_max)
         self._class_forward: Callable[..., Any] = type(model).forward.__get__(model)
         self._model = model
