@@ -21,6 +21,7 @@ from mace_lora.step.padding import Shape, plan
 # Shuffled batches that the shapes for training are planned on
 SAMPLED_BATCHES = 300
 MOST_FRAMES = 2000
+FRAMES_FOR_AUTO = 200  # are enough for an estimate: frames on disk get their neighbours when read
 # The share of a device's free memory that the training set may take, and its size on a CPU
 RESIDENT_SHARE, RESIDENT_ON_CPU = 0.25, 2**30
 _NEED_SHAPES = ("compile", "cudagraph")
@@ -113,7 +114,7 @@ class Speed:
             return "fused"
         from mace_lora.step.compiled import expected_seconds
 
-        batches = _shuffled_batches(loader)
+        batches = _shuffled_batches(loader, FRAMES_FOR_AUTO)
         edges = sum(b[0] for b in batches) / len(batches)
         cost = expected_seconds(_inner(model), plan(batches)[0])
         forecast = Forecast.of(_inner(model), epochs * len(loader), edges, cost)
@@ -226,9 +227,9 @@ def _computing(
             yield
 
 
-def _frame_sizes(dataset: Any) -> list[tuple[int, int]]:
-    """(edges, atoms) of each frame, or of MOST_FRAMES of them."""
-    step = -(-len(dataset) // MOST_FRAMES)
+def _frame_sizes(dataset: Any, most: int = MOST_FRAMES) -> list[tuple[int, int]]:
+    """(edges, atoms) of each frame, or of `most` of them."""
+    step = -(-len(dataset) // most)
     frames = (dataset[i] for i in range(0, len(dataset), step))
     return [(int(f.edge_index.shape[1]), int(f.num_nodes)) for f in frames]
 
@@ -237,12 +238,12 @@ def _sum(frames: list[tuple[int, int]]) -> tuple[int, int, int]:
     return sum(f[0] for f in frames), sum(f[1] for f in frames), len(frames)
 
 
-def _shuffled_batches(loader: Any) -> list[tuple[int, int, int]]:
+def _shuffled_batches(loader: Any, most: int = MOST_FRAMES) -> list[tuple[int, int, int]]:
     """(edges, atoms, frames) of some batches as a shuffled loader may give them."""
-    frames = _frame_sizes(loader.dataset)
-    size = min(loader.batch_size, len(frames))
-    draw = random.Random(0)
-    return [_sum(draw.sample(frames, size)) for _ in range(SAMPLED_BATCHES)]
+    frames = _frame_sizes(loader.dataset, most)
+    size, draw = min(loader.batch_size, len(loader.dataset)), random.Random(0)
+    take = draw.sample if size <= len(frames) else draw.choices
+    return [_sum(take(frames, k=size)) for _ in range(SAMPLED_BATCHES)]
 
 
 def _batches_in_order(loader: Any) -> list[tuple[int, int, int]]:
