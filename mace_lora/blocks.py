@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mace_lora import _compat  # noqa: F401  (before e3nn)
+from mace_lora.contractions import ContractionWeights
 
 from e3nn import o3  # isort: skip
 from e3nn.nn._fc import _Layer as RadialLayer  # isort: skip
@@ -319,6 +320,7 @@ _KINDS: list[tuple[Callable[[torch.nn.Module], bool], _Reader]] = [
     (lambda m: isinstance(m, RadialLayer), _radial),
     (lambda m: isinstance(m, torch.nn.Linear), _dense),
     (lambda m: isinstance(m, o3.TensorProduct), _tensor_product),
+    (lambda m: isinstance(m, ContractionWeights), _contraction),
     (lambda m: _named(m, "mace", "Contraction"), _contraction),
     (lambda m: _named(m, "mace", "BesselBasis"), _bessel),
     (lambda m: _named(m, "cuequivariance_torch", "Linear"), _cuet_linear),

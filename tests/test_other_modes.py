@@ -29,18 +29,48 @@ def load(path: Path) -> torch.nn.Module:
     return torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("flag", ["--enable_cueq=True", "--only_cueq=True"])
-def test_cuequivariance_gives_the_same_model(tmp_path, flags, plain, frames, flag, caplog):
+ADAPTERS = {
+    "lora": ["--lora=True", "--lora_targets", "all"],
+    "elora": ["--adapter=elora"],
+    "dora": ["--adapter=dora", "--dora_targets", "all"],
+    "mmea": ["--adapter=mmea"],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "flag"),
+    [
+        ("lora", "--enable_cueq=True"),
+        ("elora", "--enable_cueq=True"),
+        ("dora", "--only_cueq=True"),
+        ("mmea", "--enable_cueq=True"),
+    ],
+)
+def test_cuequivariance_gives_the_same_model(
+    tmp_path, flags, frames, foundation, method, flag, caplog
+):
     """mace-torch loses the adapters with the first flag, and ignores the second."""
     pytest.importorskip("cuequivariance_torch")
-    assert here(tmp_path, *flags, flag) == ""
+    flags = [f for f in flags if "lora" not in f] + ADAPTERS[method]
+    straight, cueq = tmp_path / "straight", tmp_path / "cueq"
+    assert here(straight, *flags) == ""
+    if method == "elora":  # and continued
+        assert here(cueq, *flags, flag, "--max_num_epochs=1") == ""
+    assert here(cueq, *flags, flag, "--restart_latest") == ""
     assert "Converting the model (to_cueq) before the adapters are attached" in caplog.text
-    merged = load(tmp_path / "run.model")
+    merged = load(cueq / "run.model")
     assert not any("cueq" in type(m).__module__ for m in merged.modules())
-    one, other = outputs(merged, frames), outputs(load(plain / "run.model"), frames)
-    assert worst(one, other) < 1e-8
-    losses = [[line["loss"] for line in results(f)] for f in (tmp_path, plain)]
+    assert worst(outputs(merged, frames), outputs(load(straight / "run.model"), frames)) < 1e-8
+    losses = [[line["loss"] for line in results(f)] for f in (cueq, straight)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+    # the same parameters on both sides, contractions among them, and an adapter for e3nn's model
+    one, other = (torch.load(f / LATEST, weights_only=True)["adapter"] for f in (cueq, straight))
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
+    moved = [k for k, v in one.items() if "contractions" in k and v.abs().max() > 1e-6]
+    assert {"0", "1"} <= {name.split(".")[1] for name in moved}
+    adapted = load_adapter(foundation, cueq / "run_adapter")
+    # e3nn's Clebsch-Gordan coefficients come from the float32 file, cuequivariance's don't
+    assert worst(outputs(adapted, frames), outputs(merged, frames)) <= 1e-8
 
 
 @pytest.mark.parametrize("labels", ["labels of the old data", "pseudolabels"])

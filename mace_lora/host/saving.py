@@ -15,7 +15,7 @@ from mace_lora import artefact
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import MergeMismatch, WriteError
-from mace_lora.host import gated, identity, models, upstream, writing
+from mace_lora.host import cueq, gated, identity, models, upstream, writing
 from mace_lora.host.checkpoints import Checkpoints
 from mace_lora.injection import adapter_parameters
 from mace_lora.merging import merge, put_gates, take_gates
@@ -61,8 +61,8 @@ class Saving:
         """Our functions by key of `upstream.NAMES`."""
         return {
             "merge": self.merge,
-            "from_cueq": lambda model, device=None: self.merge_and_convert("from_cueq", model),
-            "from_oeq": lambda model, device=None: self.merge_and_convert("from_oeq", model),
+            "from_cueq": self.convert_back(cueq.convert_back),
+            "from_oeq": self.convert_back(upstream.original("from_oeq")),
             "jit": self.jit(),
             "extract_config": self.extract_config,
             "checkpoints": self.checkpoints.open,
@@ -73,15 +73,18 @@ class Saving:
     def merge(self, model: torch.nn.Module) -> None:
         """Merge in place (upstream ignores what is returned), proved; save the adapter too."""
         if self.args.enable_cueq or self.args.enable_oeq:
-            return  # upstream merges one copy and converts another: see `merge_and_convert`
+            return  # upstream merges one copy and converts another: see `convert_back`
         self._save_adapter(model)
         self._fold(model)
 
-    def merge_and_convert(self, key: str, model: torch.nn.Module) -> torch.nn.Module:
+    def convert_back(self, convert: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
         """Upstream converts the unmerged model back, and so saves a model without adapters."""
-        self._save_adapter(model)
-        convert = upstream.original(key)
-        return self._fold(model, lambda merged: convert(merged, device=self.args.device))
+
+        def merge_and_convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+            self._save_adapter(model)
+            return self._fold(model, lambda merged: convert(merged, device=device))
+
+        return merge_and_convert
 
     def _fold(
         self,

@@ -22,7 +22,7 @@ from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ArtefactError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.host import checks, frames, models, processes, reporting, upstream
+from mace_lora.host import checks, cueq, frames, models, processes, reporting, upstream
 from mace_lora.host.order import FrameOrder
 from mace_lora.host.saving import Saving
 from mace_lora.host.signals import StopRequest
@@ -222,12 +222,12 @@ class Session:
         del rank, alpha  # they stand in self.config
         args = self.args
         self.saving.start["fingerprint"] = fingerprint(model)
-        key = "to_cueq" if args.enable_cueq and not args.only_cueq else None
-        key = "to_oeq" if args.enable_oeq and key is None else key
-        if key is not None:
+        if args.enable_cueq or args.enable_oeq:
+            key = "to_cueq" if args.enable_cueq else "to_oeq"
             logging.info(f"Converting the model ({key}) before the adapters are attached")
+            convert = cueq.convert if args.enable_cueq else upstream.original("to_oeq")
             with torch.random.fork_rng():  # so that the adapters start as without conversion
-                model = upstream.original(key)(deepcopy(model), device=args.device)
+                model = convert(deepcopy(model), device=args.device)
         self.injected = report = inject(model, self.config)
         if self.options.adapter_start:
             self._start_from(model, self.options.adapter_start)

@@ -41,6 +41,11 @@ NAMES: dict[str, Name] = {
     "merge": Name(_RUN, "merge_lora_weights", ("model",)),
     "to_cueq": Name(_RUN, "run_e3nn_to_cueq", ("input_model", "device")),
     "from_cueq": Name(_RUN, "run_cueq_to_e3nn", ("input_model", "device")),
+    "transfer_contractions": Name(
+        "mace.cli.convert_e3nn_cueq",
+        "transfer_symmetric_contractions",
+        ("source_dict", "target_dict"),
+    ),
     "to_oeq": Name(_RUN, "run_e3nn_to_oeq", ("input_model", "device")),
     "from_oeq": Name(_RUN, "run_oeq_to_e3nn", ("input_model", "device")),
     "configure_model": Name(_RUN, "configure_model", ("args", "model_foundation", "z_table")),

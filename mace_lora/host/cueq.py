@@ -1,0 +1,90 @@
+"""mace-torch's conversions to cuequivariance and back, with the weights of contractions kept.
+
+Linear layers hold the same numbers on both sides. Symmetric contractions don't, and the way back
+goes through a pseudo-inverse; see `contractions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mace_lora.contractions import project
+from mace_lora.errors import UnsupportedUpstream
+from mace_lora.host import upstream
+
+_Transfer = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
+# Largest relative difference between mace-torch's converted weights and ours
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+    """A model like `model` in cuequivariance's layout, whose contractions have e3nn's parameters.
+
+    Raises:
+        UnsupportedUpstream: mace-torch converts contractions in a way that is not known.
+    """
+    matrices: dict[str, torch.Tensor] = {}
+    original = upstream.original("transfer_contractions")
+
+    def transfer(source: dict[str, torch.Tensor], target: Any, *settings: Any) -> None:
+        original(source, target, *settings)
+        matrices.update(_matrices(model, source, lambda s, t: original(s, t, *settings)))
+
+    with upstream.substituted({"transfer_contractions": transfer}):
+        converted = upstream.original("to_cueq")(model, device=device)
+    for name, contractions in _products(model).items():
+        product = converted.get_submodule(name)
+        before = product.weight.detach()
+        project(product, contractions, matrices[name])
+        difference = (product.weight - before).abs().max()
+        if not difference <= _TOLERANCE[before.dtype] * before.abs().max():
+            raise UnsupportedUpstream(
+                f"--enable_cueq=True: mace-torch {upstream.version()} converts the weights of "
+                f"{name} in a way that is not known here; leave the flag out"
+            )
+    return converted
+
+
+@torch.no_grad()
+def convert_back(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+    """A merged model of `convert` in e3nn's layout, with the very weights of its contractions."""
+    plain = upstream.original("from_cueq")(model, device=device)
+    own = dict(model.named_parameters())
+    for name in _products(plain):
+        for key, parameter in plain.get_submodule(name).named_parameters():
+            parameter.copy_(own[f"{name}.{key}"])
+    return plain
+
+
+def _products(model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
+    """The contractions of each symmetric contraction of a model in e3nn's layout, by its name."""
+    return {
+        f"products.{i}.symmetric_contractions": product.symmetric_contractions.contractions
+        for i, product in enumerate(model.products)
+    }
+
+
+def _matrices(
+    model: torch.nn.Module, source: dict[str, torch.Tensor], transfer: _Transfer
+) -> dict[str, torch.Tensor]:
+    """What mace-torch does to the paths: (new paths, old paths) by product.
+
+    It is linear in them, and the same for each element and channel: it is done to unit vectors.
+    """
+    units, paths = dict(source), {}
+    for product, contractions in _products(model).items():
+        names = [
+            f"{product}.contractions.{k}.{key}"
+            for k, part in enumerate(contractions)
+            for key in ("weights_max", *(f"weights.{j}" for j in range(len(part.weights))))
+        ]
+        sizes = [source[name].shape[1] for name in names]
+        unit = torch.eye(sum(sizes), dtype=torch.float64).split(sizes)
+        units |= {name: rows.unsqueeze(0) for name, rows in zip(names, unit, strict=True)}
+        paths[product] = f"{product}.weight"
+    found: dict[str, torch.Tensor] = {}
+    transfer(units, found)
+    return {product: found[key].squeeze(0) for product, key in paths.items()}
