@@ -35,6 +35,7 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
 
     with upstream.substituted({"transfer_contractions": transfer}):
         converted = upstream.original("to_cueq")(model, device=device)
+    _same_parameters(converted, model)
     for name, contractions in _products(model).items():
         product = converted.get_submodule(name)
         before = product.weight.detach()
@@ -52,11 +53,29 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
 def convert_back(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     """A merged model of `convert` in e3nn's layout, with the very weights of its contractions."""
     plain = upstream.original("from_cueq")(model, device=device)
+    _same_parameters(plain, model)
     own = dict(model.named_parameters())
     for name in _products(plain):
         for key, parameter in plain.get_submodule(name).named_parameters():
             parameter.copy_(own[f"{name}.{key}"])
     return plain
+
+
+def _same_parameters(converted: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Let parameters be parameters on both sides.
+
+    Bessel frequencies, which mace-torch makes parameters where it loads a foundation model, come
+    out of its conversions as buffers.
+    """
+    for name, _ in model.named_parameters():
+        path, _, tensor = name.rpartition(".")
+        try:
+            holder = converted.get_submodule(path)
+        except AttributeError:
+            continue  # weights of contractions
+        if tensor in holder._buffers:
+            value = holder._buffers.pop(tensor)
+            holder.register_parameter(tensor, torch.nn.Parameter(value))
 
 
 def _products(model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
