@@ -77,7 +77,7 @@ def test_low_layers_import_no_high_ones():
             "host/steplog.py",
             "host/cueq.py",
         },
-        {"host/processes.py", "host/frames.py"},
+        {"host/processes.py", "host/frames.py", "host/stored.py"},
         {"host/checks.py", "host/identity.py"},
         {"evaluation.py", "host/steps.py", "host/speed.py", "host/checkpoints.py"},
         {"host/loop.py"},

@@ -7,12 +7,15 @@ import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mace_lora.errors import ConfigError, DataError
-from mace_lora.host import frames as frame_checks
-from mace_lora.host import processes, upstream
+from mace_lora.host import processes, stored, upstream
+from mace_lora.host.frames import XyzFrames, check, symbols
+
+_FOUNDATION = "the foundation model"
 
 
 def files_exist(args: argparse.Namespace) -> None:
@@ -64,7 +67,7 @@ def checked_loader(
     known_elements: Callable[[], set[int] | None],
     seen: list[str],
 ) -> Callable[..., tuple[Any, list[Any]]]:
-    """mace-torch's `load_from_xyz`, followed by `frames.check`.
+    """mace-torch's `load_from_xyz`, followed by a check of the frames.
 
     Args:
         load: the original.
@@ -82,12 +85,71 @@ def checked_loader(
         except Exception as error:  # ASE raises many kinds for a broken file
             raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
         seen.append(path)
-        frame_checks.check(
-            path, frames, keys, args, known_elements(), labels=not keywords.get("no_data_ok")
+        known = known_elements()
+        check(
+            XyzFrames(path, frames, keys),
+            args,
+            None if known is None else (_FOUNDATION, known),
+            labels=not keywords.get("no_data_ok"),
         )
         return energies, frames
 
     return load_from_xyz
+
+
+def checked_dataset(
+    load: Callable[..., Any],
+    args: argparse.Namespace,
+    known_elements: Callable[[], set[int] | None],
+) -> Callable[..., Any]:
+    """mace-torch's `load_dataset_for_path`, followed by a check of the frames in HDF5 and LMDB.
+
+    Args: as for `checked_loader`.
+    """
+    checked: set[str] = set()
+
+    def load_dataset_for_path(**keywords: Any) -> Any:
+        path, numbers = keywords["file_path"], {int(z) for z in keywords["z_table"].zs}
+        known = known_elements()
+        if known is not None and not numbers <= known:
+            raise ConfigError(
+                f"the elements of this run (--atomic_numbers, or the statistics file) include "
+                f"{symbols(sorted(numbers - known))}; {_FOUNDATION} knows {symbols(sorted(known))}"
+            )
+
+        head = keywords["head_config"]
+        for test in _stored_tests(head, args) - checked:
+            checked.add(test)
+            hdf5 = upstream.module("mace.data").HDF5Dataset
+            settings = {name: keywords[name] for name in ("r_max", "z_table")}
+            _looked_through(
+                test, partial(hdf5, test, **settings, head=head.head_name), args, numbers
+            )
+        return _looked_through(str(path), partial(load, **keywords), args, numbers)
+
+    return load_dataset_for_path
+
+
+def _looked_through(
+    path: str, load: Callable[[], Any], args: argparse.Namespace, numbers: set[int]
+) -> Any:
+    """What `load` gives, checked; a list comes from .xyz, which was checked when it was read."""
+    try:
+        dataset = load()
+    except Exception as error:  # of h5py, lmdb and ASE
+        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    if not isinstance(dataset, list):
+        for part in stored.parts(path, dataset):
+            check(part, args, ("this run (--atomic_numbers, or the statistics file)", numbers))
+    return dataset
+
+
+def _stored_tests(head: Any, args: argparse.Namespace) -> set[str]:
+    """Test sets in HDF5, which mace-torch opens after training."""
+    if head.test_dir is None:
+        return set()
+    pattern = "*/*" if args.multi_processed_test else "*_test.h5"
+    return {str(path) for path in Path(head.test_dir).glob(pattern)}
 
 
 def split(

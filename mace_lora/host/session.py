@@ -89,6 +89,9 @@ class Session:
             "load_xyz": checks.checked_loader(
                 upstream.original("load_xyz"), self.args, self.known_elements, self.files
             ),
+            "load_stored": checks.checked_dataset(
+                upstream.original("load_stored"), self.args, self.known_elements
+            ),
             "split": checks.split,
             "estimate_e0s": self.estimate_e0s,
             "avg_num_neighbors": self.avg_num_neighbors,

@@ -74,6 +74,8 @@ NAMES: dict[str, Name] = {
     ),
     "metrics": Name("mace.tools.train", "MACELoss", ("loss_fn",)),
     "load_xyz": Name("mace.data", "load_from_xyz", ("file_path", "key_specification")),
+    "load_stored": Name(_RUN, "load_dataset_for_path", ("file_path", "z_table", "head_config")),
+    "graph_of_lmdb": Name("mace.data.lmdb_dataset", "AtomicData", None),
     "split": Name("mace.data", "random_train_valid_split", ("items", "valid_fraction", "seed")),
     "estimate_e0s": Name("mace.data", "estimate_e0s_from_foundation", ("foundation_model",)),
     "save": Name("torch", "save", ("obj", "f")),
@@ -83,6 +85,7 @@ NAMES: dict[str, Name] = {
 CALLED: tuple[Name, ...] = (
     Name(_RUN, "run", ("args",)),
     Name("mace.tools.train", "train_one_epoch", ("data_loader", "optimizer", "ema", "epoch")),
+    Name("mace.data", "HDF5Dataset", ("file_path", "r_max", "z_table", "atomic_dataclass")),
     Name("mace.tools.arg_parser", "build_default_arg_parser", ()),
     Name("mace.tools.scripts_utils", "extract_config_mace_model", ("model",)),
     Name("mace.tools.scripts_utils", "remove_pt_head", ("model", "head_to_keep")),
