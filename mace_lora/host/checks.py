@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib.util
 import tempfile
@@ -23,8 +24,34 @@ def files_exist(args: argparse.Namespace) -> None:
     for flag in ("train_file", "valid_file", "test_file"):
         value = getattr(args, flag, None)
         for path in [value] if isinstance(value, str) else value or []:
-            if not Path(path).exists():
+            if not all(Path(part).exists() for part in _files(path)):
                 raise ConfigError(f"--{flag}={path}: there is no such file")
+
+
+def _files(path: str) -> list[str]:
+    """Several LMDB files may stand in one text, as a.lmdb:b.lmdb."""
+    return path.split(":") if "lmdb" in path and not Path(path).exists() else [path]
+
+
+def known_elements(args: argparse.Namespace, foundation: Any) -> None:
+    """Raises ConfigError where --atomic_numbers names what the loaded foundation model lacks."""
+    if foundation is None or args.atomic_numbers is None:
+        return
+    try:
+        asked = {int(z) for z in ast.literal_eval(args.atomic_numbers)}
+    except (ValueError, TypeError, SyntaxError):
+        raise ConfigError(
+            f"--atomic_numbers={args.atomic_numbers}: a list such as '[1, 6, 8]' is needed"
+        ) from None
+    _refuse_unknown(asked, {int(z) for z in foundation.atomic_numbers})
+
+
+def _refuse_unknown(asked: set[int], known: set[int]) -> None:
+    if not asked <= known:
+        raise ConfigError(
+            "the elements of this run (--atomic_numbers, or the statistics file) include "
+            f"{symbols(sorted(asked - known))}; {_FOUNDATION} knows {symbols(sorted(known))}"
+        )
 
 
 def optional_packages(args: argparse.Namespace) -> None:
@@ -110,12 +137,7 @@ def checked_dataset(
 
     def load_dataset_for_path(**keywords: Any) -> Any:
         path, numbers = keywords["file_path"], {int(z) for z in keywords["z_table"].zs}
-        known = known_elements()
-        if known is not None and not numbers <= known:
-            raise ConfigError(
-                f"the elements of this run (--atomic_numbers, or the statistics file) include "
-                f"{symbols(sorted(numbers - known))}; {_FOUNDATION} knows {symbols(sorted(known))}"
-            )
+        _refuse_unknown(numbers, known_elements() or numbers)
 
         head = keywords["head_config"]
         for test in _stored_tests(head, args) - checked:

@@ -12,7 +12,7 @@ import torch
 
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError
-from mace_lora.host import checks, models, processes, upstream, writing
+from mace_lora.host import checks, models, processes, stored, upstream, writing
 from mace_lora.host.session import Session
 
 
@@ -61,12 +61,14 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
     checks.optional_packages(args)
     processes.settle(args)
     checks.files_exist(args)
+    stored.check_flags(args)
     foundation = None
     if models.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
         foundation = models.load(args.foundation_model, _device(args), dtype)
     checks.folders_writable(args)
-    if args.E0s is None and args.heads is None:
+    checks.known_elements(args, foundation)
+    if args.E0s is None and args.heads is None and args.statistics_file is None:
         args.E0s = "estimated"
     if args.only_cueq:
         logging.info(

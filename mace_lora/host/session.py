@@ -9,9 +9,11 @@ that `substitutes` pairs it with, and each says why.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ArtefactError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.host import checks, cueq, frames, models, processes, reporting, upstream
+from mace_lora.host import checks, cueq, frames, models, processes, reporting, stored, upstream
 from mace_lora.host.order import FrameOrder
 from mace_lora.host.saving import Saving
 from mace_lora.host.signals import StopRequest
@@ -92,6 +94,7 @@ class Session:
             "load_stored": checks.checked_dataset(
                 upstream.original("load_stored"), self.args, self.known_elements
             ),
+            "json": SimpleNamespace(load=stored.read_statistics, dumps=json.dumps),
             "split": checks.split,
             "estimate_e0s": self.estimate_e0s,
             "avg_num_neighbors": self.avg_num_neighbors,
@@ -214,10 +217,11 @@ class Session:
         offset = ((predicted - batches[0].energy.to(predicted)) / atoms).mean().item()
         logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
         if abs(offset) > LARGE_OFFSET:
+            source = f"--E0s={args.E0s}" if args.statistics_file is None else args.statistics_file
             logging.warning(
-                f"--E0s={args.E0s} starts {offset:+.2f} eV per atom away from the labels, and a "
-                "low-rank adapter hardly moves such an offset: use --E0s=estimated, which fits the "
-                "E0s to what the foundation model leaves over"
+                f"{source} starts {offset:+.2f} eV per atom away from the labels, and a "
+                "low-rank adapter hardly moves such an offset: use --E0s=estimated (with .xyz "
+                "files), which fits the E0s to what the foundation model leaves over"
             )
 
     def inject(self, model: torch.nn.Module, rank: int = 0, alpha: float = 0) -> torch.nn.Module:

@@ -6,13 +6,16 @@ frame into a graph at once; they are asked for the frame itself.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import logging
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
-from mace_lora.errors import DataError
+from mace_lora.errors import ConfigError, DataError
 from mace_lora.host import upstream
 
 # Of a larger data set so many frames are looked at, evenly spread
@@ -71,6 +74,34 @@ class StoredFrames:
             f"(there are {', '.join(found) or 'no labels'}): write the file again with it; "
             f"mace_prepare_data has the flag --{label}_key"
         )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ConfigError where elements or E0s are asked of files that mace-torch won't read."""
+    files = [args.train_file] if isinstance(args.train_file, str) else args.train_file or []
+    readable = upstream.module("mace.tools.scripts_utils").check_path_ase_read
+    found = [file for file in files if not readable(file)]
+    if not found or args.statistics_file or args.heads:
+        return
+    if args.atomic_numbers is None:
+        raise ConfigError(
+            f"--train_file={found[0]}: for HDF5 and LMDB give --statistics_file, as "
+            "mace_prepare_data --compute_statistics writes it, or --atomic_numbers='[1, 6, 8]'"
+        )
+    if args.E0s in (None, "estimated", "average"):
+        raise ConfigError(
+            f"--train_file={found[0]}, --E0s={args.E0s}: E0s can't be found from HDF5 or "
+            "LMDB; give --statistics_file, --E0s=foundation, or numbers: --E0s='{1: -13.6, ...}'"
+        )
+
+
+def read_statistics(file: IO[str]) -> Any:
+    """JSON as mace_prepare_data writes it: its E0s under numpy 2 it can't read again."""
+    content = json.load(file)
+    energies = content.get("atomic_energies") if isinstance(content, dict) else None
+    if isinstance(energies, str):
+        content["atomic_energies"] = re.sub(r"np\.float\d+\(([^()]*)\)", r"\1", energies)
+    return content
 
 
 def parts(path: str, dataset: Any) -> list[StoredFrames]:

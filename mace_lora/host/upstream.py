@@ -74,6 +74,7 @@ NAMES: dict[str, Name] = {
     ),
     "metrics": Name("mace.tools.train", "MACELoss", ("loss_fn",)),
     "load_xyz": Name("mace.data", "load_from_xyz", ("file_path", "key_specification")),
+    "json": Name(_RUN, "json", None),
     "load_stored": Name(_RUN, "load_dataset_for_path", ("file_path", "z_table", "head_config")),
     "graph_of_lmdb": Name("mace.data.lmdb_dataset", "AtomicData", None),
     "split": Name("mace.data", "random_train_valid_split", ("items", "valid_fraction", "seed")),
