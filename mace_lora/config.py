@@ -47,7 +47,13 @@ class RunOptions:
             "in the memory of one"
         },
     )
-
+    checkpoint_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "a long epoch is saved in between, after the step at which so many seconds "
+            "have passed; 0: after each step"
+        },
+    )
     step: str = field(
         default="auto",
         metadata={
@@ -64,6 +70,8 @@ class RunOptions:
             raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
         if self.accumulate < 1:
             raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
+        if not self.checkpoint_seconds >= 0:
+            raise ConfigError(f"--checkpoint_seconds={self.checkpoint_seconds}: 0 or more")
 
 
 @dataclass(frozen=True)

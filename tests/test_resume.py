@@ -106,6 +106,28 @@ def test_sigkill_at_any_moment(tmp_path, flags, whole):
     assert left == {p.name for p in (whole / "checkpoints").iterdir()}
 
 
+def test_sigkill_inside_an_epoch_that_was_saved_in_between(tmp_path, flags, whole):
+    """A checkpoint after every step here; the run goes on from the middle of its epoch."""
+    flags = [*flags, "--max_num_epochs=6", "--restart_latest"]
+    running = process(tmp_path, *flags, "--checkpoint_seconds=0")
+    wait_for_lines(running, tmp_path, random.randint(8, 25))
+    at = {"steps": 0}
+    while at["steps"] == 0:  # not just after an epoch
+        running.send_signal(signal.SIGCONT)
+        time.sleep(0.01)
+        running.send_signal(signal.SIGSTOP)
+        assert running.poll() is None
+        if (tmp_path / LATEST).exists():  # else it was being replaced
+            at = torch.load(tmp_path / LATEST, weights_only=True)["progress"]
+    running.kill()
+    running.wait()
+    assert here(tmp_path, *flags) == ""
+    assert f"at epoch {at['epoch']}, step {at['steps']}" in "".join(
+        p.read_text() for p in tmp_path.glob("logs/*.log")
+    )
+    assert_ended_like(tmp_path, whole)
+
+
 def test_a_finished_run_with_more_epochs(tmp_path, flags, short, whole):
     folder = shutil.copytree(short, tmp_path / "run")
     assert here(folder, *flags, "--max_num_epochs=6", "--restart_latest") == ""

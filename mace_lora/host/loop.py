@@ -28,9 +28,6 @@ from mace_lora.host.order import FrameOrder
 from mace_lora.host.signals import EXIT_CODE, StopRequest
 from mace_lora.host.steps import Steps
 
-# A long epoch is also saved in between, after this many seconds
-SECONDS_BETWEEN_CHECKPOINTS = 600.0
-
 
 @dataclass
 class Progress:
@@ -211,7 +208,7 @@ class Loop:
         if self.taken.gradients_wait():
             return
         self._leave_if_asked()
-        if time.monotonic() - self._saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+        if time.monotonic() - self._saved_at >= self.taken.options.checkpoint_seconds:
             self._save()
 
     def _leave_if_asked(self, saved: bool = False) -> None:
