@@ -116,6 +116,16 @@ def test_a_traced_graph_gives_the_gradients_of_eager(method, frames):
                 parameter.add_(0.05 * torch.randn_like(parameter))
 
 
+@pytest.mark.parametrize("way", ["fused", "traced"])
+def test_building_a_way_draws_no_random_numbers(model, frames, way):
+    """Else dropout and whatever is drawn later would depend on --step, and on a restart."""
+    model = adapted(model if way == "fused" else smallest())
+    batch = frames_to_batch(frames, model)
+    before = torch.get_rng_state()
+    step(Fused() if way == "fused" else Traced([roomy(batch)]), model, batch)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_batch_that_no_shape_holds_is_computed_all_the_same(model):
     model = adapted(model)
     large = frames_to_batch(ethanol("train", 3), model)
@@ -196,10 +206,12 @@ def test_compiled(tmp_path, monkeypatch, caplog):
     batches = [frames_to_batch(FRAMES["mixed"]()[i:], model) for i in range(2)]
     shapes = [roomy(batches[0])]
     way = Compiled(shapes)
+    before = torch.get_rng_state()
     for batch in batches:  # of different sizes, by one graph
         expected, found = step(Way(), model, batch), step(way, model, batch)
         assert differs(expected[0], found[0]) < 1e-10
         assert differs(expected[1], found[1]) < 1e-10
+    assert torch.equal(torch.get_rng_state(), before)
     assert len(json.loads((tmp_path / "compile_seconds.json").read_text())) == 1
 
     def no_tracing(*_, **__):
