@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import here, process, results, said, wait_for_lines
+from running import LATEST, here, process, results, said, wait_for_lines
 from test_static import smallest
 
 pytestmark = pytest.mark.slow
@@ -106,6 +106,22 @@ def test_the_loss_curve_of_one_process_with_the_doubled_batch(tmp_path, flags, o
     assert {str(Path(p).relative_to(tmp_path).parent) for p in files} <= {"logs", "."}
     assert {Path(p).name for p in files if "logs" not in p} == {"spy-1.json"}
     assert any(p.startswith(str(tmp_path / "checkpoints")) for p in first["wrote"])
+
+
+@pytest.mark.parametrize("method", ["elora", "dora", "mmea"])
+def test_other_methods(tmp_path, flags, method):
+    """And the way of computing falls back, with a line that says so."""
+    flags = [f for f in flags if "lora=" not in f] + [f"--adapter={method}", "--max_num_epochs=1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert here(one, *flags, "--batch_size=4") == ""
+    flags += ["--batch_size=2", "--step=compile"]
+    running = process(two, *flags, launcher=launcher("-m", "mace_lora"))
+    assert running.wait() == 0, said(two)
+    assert said(two).count("--step=compile is for one process, going on with fused in several") == 1
+    assert evaluations(two) == pytest.approx(evaluations(one), rel=1e-10)
+    a, b = (torch.load(f / LATEST, weights_only=True)["adapter"] for f in (one, two))
+    assert max(v.abs().max().item() for k, v in a.items() if ".A." not in k) > 1e-3
+    assert all(torch.allclose(a[k], b[k], rtol=1e-8, atol=1e-10) for k in a)
 
 
 def test_stopped_by_torchrun_and_continued_by_one_process(tmp_path, flags, one):

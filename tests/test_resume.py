@@ -301,9 +301,11 @@ def test_accumulated_gradients_dropout_and_warm_up(tmp_path, flags):
     assert same_weights(straight / "run.model", parts / "run.model")
 
 
-@pytest.mark.parametrize("more", [["--lbfgs"], ["--optimizer=schedulefree"]])
+@pytest.mark.parametrize(
+    "more", [["--lbfgs", "--default_dtype=float32"], ["--optimizer=schedulefree"]]
+)
 def test_other_optimisers(tmp_path, flags, more):
-    """Interrupted at the end of an epoch."""
+    """Interrupted at the end of an epoch; LBFGS ends in NaN in float32 if gradients are clipped."""
     if "schedulefree" in more[0]:
         pytest.importorskip("schedulefree")
     flags = [f for f in flags if "swa" not in f] + more

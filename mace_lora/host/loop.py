@@ -130,6 +130,11 @@ class Loop:
         logging.info("Training complete")
 
     def _say_how(self) -> None:
+        if self._is_lbfgs() and self.max_grad_norm is not None:
+            # mace-torch clips inside the closure: the line search then compares the loss with
+            # gradients that are not its own, and ends in NaN, in float32 above all
+            self.max_grad_norm = None
+            logging.info("--lbfgs: gradients are not clipped, the line search needs them whole")
         if self.max_grad_norm is not None:
             logging.info(f"Using gradient clipping with tolerance={self.max_grad_norm:.3f}")
         logging.info("===========TRAINING===========")
@@ -185,20 +190,23 @@ class Loop:
     def _loss(self) -> torch.nn.Module:
         return self.swa.loss_fn if self._in_stage_two() else self.loss_fn
 
+    def _is_lbfgs(self) -> bool:
+        return isinstance(self.optimizer, torch.optim.LBFGS)
+
     def _is_schedule_free(self) -> bool:
         return "ScheduleFree" in type(self.optimizer).__name__
 
     # ------------------------------------------------------------------ steps
 
     def _batches(self) -> Any:
-        if isinstance(self.optimizer, torch.optim.LBFGS):
+        if self._is_lbfgs():
             self.order.begin(skip=0)
             return self.train_loader  # one step of LBFGS takes all batches, several times
         return _Batches(self)
 
     def frames_of_this_step(self) -> list[int]:
         """Indices into the training set of the batch that was trained on last."""
-        if isinstance(self.optimizer, torch.optim.LBFGS):
+        if self._is_lbfgs():
             return []
         return self.order.batch(self.at.steps)
 
