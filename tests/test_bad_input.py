@@ -9,10 +9,8 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-import zoo
 
 from mace_lora import cli
-from mace_lora.errors import MaceLoraError
 
 
 @pytest.fixture
@@ -280,12 +278,10 @@ def test_unsupported_mace_torch(message, monkeypatch):
     assert "0.3.16" in text
 
 
-def test_every_error_is_ours():
-    """`main` prints errors of this class without a traceback."""
-    import mace_lora.errors as errors
-
-    for name in dir(errors):
-        kind = getattr(errors, name)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            assert issubclass(kind, MaceLoraError)
-    assert "foundation" in zoo.ZOO
+def test_more_processes_than_gpus(message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    text = message("--device=cuda")
+    assert "2 processes on this machine, and 1 GPU" in text
+    assert "torchrun --nproc_per_node=1" in text

@@ -98,7 +98,6 @@ class Adapter(torch.nn.Module):
     Class facts:
         Options: dataclass of the method's options, a subclass of `AdapterOptions`.
         mergeable: the effective weight does not depend on the input.
-        identity_at_init: a fresh adapter leaves the model as it is.
         kinds: kinds of layers (`blocks.KINDS`) that the method adapts; the target preset "all".
         presets: options under a name, for those who don't want to choose.
         default_kinds: those of them that the target preset "default" means.
@@ -106,7 +105,6 @@ class Adapter(torch.nn.Module):
 
     Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     mergeable: ClassVar[bool] = True
-    identity_at_init: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial", "skip", "contraction")
     default_kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial")
     presets: ClassVar[dict[str, dict[str, Any]]] = {}

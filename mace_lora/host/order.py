@@ -13,13 +13,12 @@ class FrameOrder(torch.utils.data.Sampler[int]):
 
     With several processes each takes its part of every global batch, so that the run sees the same
     frames at the same step as one process with a batch size as many times as large (mace-torch's
-    DistributedSampler draws another order).
+    DistributedSampler draws another order), and leaves out what makes no whole global batch.
 
     Args:
         frames: the data set.
         generator: of the loader; the same numbers are drawn from it as for one process.
         batch_size: of one process.
-        drop_last: whether an incomplete (global) batch at the end is left out.
         rank, processes: which part of each global batch is this process's.
     """
 
@@ -28,14 +27,12 @@ class FrameOrder(torch.utils.data.Sampler[int]):
         frames: Any,
         generator: torch.Generator,
         batch_size: int,
-        drop_last: bool,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
         self._sampler = torch.utils.data.RandomSampler(frames, generator=generator)
         self._generator = generator
         self._batch_size = batch_size
-        self._drop_last = drop_last
         self._rank, self._processes = rank, processes
         self._state = generator.get_state()
         self._skip = 0
@@ -47,8 +44,7 @@ class FrameOrder(torch.utils.data.Sampler[int]):
         batches = loader.batch_sampler
         if isinstance(batches.sampler, cls):
             return batches.sampler
-        drop_last = batches.drop_last or processes > 1
-        order = cls(loader.dataset, loader.generator, loader.batch_size, drop_last, rank, processes)
+        order = cls(loader.dataset, loader.generator, loader.batch_size, rank, processes)
         batches.sampler = order
         return order
 

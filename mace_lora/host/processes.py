@@ -41,6 +41,13 @@ def settle(args: argparse.Namespace) -> None:
             "--distributed takes --launcher=slurm by default, but this is no task of SLURM: start "
             "it with srun, or with torchrun"
         )
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if args.device == "cuda" and 0 < gpus < local:
+        raise ConfigError(
+            f"--device=cuda: {local} processes on this machine, and {gpus} GPU"
+            f"{'s' * (gpus > 1)}: each process takes one of its own, and talks to the others "
+            f"through nccl; torchrun --nproc_per_node={gpus}, or --device=cpu, which takes gloo"
+        )
     if args.lbfgs:
         raise ConfigError(
             "--lbfgs with several processes: mace-torch sums the loss over them and averages the "
