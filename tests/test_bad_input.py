@@ -88,6 +88,15 @@ def test_foundation_model_that_is_none(message, tmp_path, content, expected):
     assert str(path) in text
 
 
+def test_models_that_mace_torch_does_not_fine_tune(message, tmp_path, build):
+    """It fails with a KeyError for the first, and starts the second from random numbers."""
+    torch.save(build("plain_mace"), tmp_path / "plain.model")
+    text = message("--foundation_model=plain.model")
+    assert "--foundation_model=plain.model: a MACE, from which mace-torch can't start" in text
+    text = message("--model=AtomicDipolesMACE")
+    assert "--model=AtomicDipolesMACE: mace-torch starts such a model from random numbers" in text
+
+
 def test_target_that_matches_nothing(message):
     text = message("--lora_targets", "linear", "redaouts")
     assert "'redaouts' matches 0 of" in text

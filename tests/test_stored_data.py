@@ -99,6 +99,18 @@ def test_files_that_are_none(folder, flags, content):
     assert "val/val_0.h5 can't be read" in error or "val/val_0.h5, frame" in error
 
 
+def test_files_that_mace_torch_would_not_read(folder, flags, small_data):
+    """It ignores the first two in silence, and fails for the others with errors of its own."""
+    assert "--test_dir alone" in here(folder, *flags, f"--test_file={small_data['test']}")
+    xyz = [f"--{part}_file={path}" for part, path in small_data.items()]
+    error = here(folder, *flags, *xyz, "--test_file=test/ethanol_test.h5")
+    assert "--test_file=test/ethanol_test.h5: mace-torch takes HDF5 test files from" in error
+    assert "such a --valid_file" in here(folder, *flags, f"--valid_file={small_data['valid']}")
+    (folder / "nothing").mkdir()
+    error = here(folder, *flags, "--train_file=nothing")
+    assert error == "error: --train_file=nothing: a folder without HDF5 or LMDB files"
+
+
 def test_elements_and_e0s_must_be_given(folder, flags):
     flags = [f for f in flags if "statistics" not in f]
     assert "give --statistics_file" in here(folder, *flags)

@@ -122,6 +122,16 @@ def _not_a_mace_model(model: Any) -> str | None:
     return None
 
 
+def check_rebuildable(model: torch.nn.Module, name: str) -> None:
+    """Raises FoundationModelError where mace-torch can't start a fine-tuning from `model`."""
+    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
+    if "error" in config:
+        raise FoundationModelError(
+            f"--foundation_model={name}: a {type(model).__name__}, from which mace-torch can't "
+            "start a fine-tuning: it takes ScaleShiftMACE, MACELES and PolarMACE"
+        )
+
+
 def describe(model: torch.nn.Module) -> dict[str, Any]:
     """What fine-tuning changes besides weights, as plain JSON: elements, heads, E0s, scale, shift.
 

@@ -15,6 +15,9 @@ from mace_lora.errors import ConfigError
 from mace_lora.host import checks, models, processes, stored, upstream, writing
 from mace_lora.host.session import Session
 
+# Models that mace-torch builds from a foundation model
+_FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Upstream's own parser, with all its flags."""
@@ -66,6 +69,7 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
     if models.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
         foundation = models.load(args.foundation_model, _device(args), dtype)
+        models.check_rebuildable(foundation, args.foundation_model)
     checks.folders_writable(args)
     checks.known_elements(args, foundation)
     if args.E0s is None and args.heads is None and args.statistics_file is None:
@@ -91,6 +95,11 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--freeze={args.freeze} and an adapter contradict each other: an adapter freezes all "
             "of the base model; choose the layers that it changes with its targets instead"
+        )
+    if args.model not in _FROM_FOUNDATION:
+        raise ConfigError(
+            f"--model={args.model}: mace-torch starts such a model from random numbers, whatever "
+            "--foundation_model says, and an adapter freezes them so; leave --model out"
         )
     if not args.foundation_filter_elements:
         raise ConfigError(

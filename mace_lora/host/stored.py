@@ -77,22 +77,44 @@ class StoredFrames:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises ConfigError where elements or E0s are asked of files that mace-torch won't read."""
-    files = [args.train_file] if isinstance(args.train_file, str) else args.train_file or []
-    readable = upstream.module("mace.tools.scripts_utils").check_path_ase_read
-    found = [file for file in files if not readable(file)]
-    if not found or args.statistics_file or args.heads:
+    """
+    Raises:
+        ConfigError: a folder without data; HDF5 or LMDB together with what mace-torch reads from
+            .xyz alone: elements, E0s, validation and test frames.
+    """
+    stored = {flag: _stored(flag, getattr(args, flag)) for flag in ("train_file", "valid_file")}
+    if _stored("test_file", args.test_file) or (stored["train_file"] and args.test_file):
+        raise ConfigError(
+            f"--test_file={args.test_file}: mace-torch takes HDF5 test files from --test_dir alone, "
+            "those called *_test.h5, and with .xyz files only if it trains on .xyz files"
+        )
+    if not stored["train_file"] or args.heads:
+        return
+    file = f"--train_file={args.train_file}"
+    if not stored["valid_file"]:
+        raise ConfigError(f"{file}: beside HDF5 or LMDB give such a --valid_file, too")
+    if args.statistics_file:
         return
     if args.atomic_numbers is None:
         raise ConfigError(
-            f"--train_file={found[0]}: for HDF5 and LMDB give --statistics_file, as "
+            f"{file}: for HDF5 and LMDB give --statistics_file, as "
             "mace_prepare_data --compute_statistics writes it, or --atomic_numbers='[1, 6, 8]'"
         )
     if args.E0s in (None, "estimated", "average"):
         raise ConfigError(
-            f"--train_file={found[0]}, --E0s={args.E0s}: E0s can't be found from HDF5 or "
-            "LMDB; give --statistics_file, --E0s=foundation, or numbers: --E0s='{1: -13.6, ...}'"
+            f"{file}, --E0s={args.E0s}: E0s can't be found from HDF5 or LMDB; give "
+            "--statistics_file, --E0s=foundation, or numbers: --E0s='{1: -13.6, ...}'"
         )
+
+
+def _stored(flag: str, path: str | None) -> bool:
+    """Whether mace-torch reads a file or folder frame by frame; only a text can be one."""
+    if not isinstance(path, str):
+        return False
+    try:
+        return not upstream.module("mace.tools.scripts_utils").check_path_ase_read(path)
+    except RuntimeError:
+        raise ConfigError(f"--{flag}={path}: a folder without HDF5 or LMDB files") from None
 
 
 def read_statistics(file: IO[str]) -> Any:
