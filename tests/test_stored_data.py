@@ -104,7 +104,7 @@ def test_files_that_mace_torch_would_not_read(folder, flags, small_data):
     assert "--test_dir alone" in here(folder, *flags, f"--test_file={small_data['test']}")
     xyz = [f"--{part}_file={path}" for part, path in small_data.items()]
     error = here(folder, *flags, *xyz, "--test_file=test/ethanol_test.h5")
-    assert "--test_file=test/ethanol_test.h5: mace-torch takes HDF5 test files from" in error
+    assert "--test_file=test/ethanol_test.h5: mace-torch takes HDF5 from" in error
     assert "such a --valid_file" in here(folder, *flags, f"--valid_file={small_data['valid']}")
     (folder / "nothing").mkdir()
     error = here(folder, *flags, "--train_file=nothing")

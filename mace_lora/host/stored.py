@@ -85,7 +85,7 @@ def check_flags(args: argparse.Namespace) -> None:
     stored = {flag: _stored(flag, getattr(args, flag)) for flag in ("train_file", "valid_file")}
     if _stored("test_file", args.test_file) or (stored["train_file"] and args.test_file):
         raise ConfigError(
-            f"--test_file={args.test_file}: mace-torch takes HDF5 test files from --test_dir alone, "
+            f"--test_file={args.test_file}: mace-torch takes HDF5 from --test_dir alone, "
             "those called *_test.h5, and with .xyz files only if it trains on .xyz files"
         )
     if not stored["train_file"] or args.heads:
