@@ -7,9 +7,11 @@ from pathlib import Path
 import ase.io
 import pytest
 import torch
+import zoo
 from running import LATEST, here, results, short_run
 
 from mace_lora import load_adapter
+from mace_lora.host.models import default_dtype
 from mace_lora.testing import outputs, worst
 
 
@@ -71,6 +73,16 @@ def test_cuequivariance_gives_the_same_model(
     adapted = load_adapter(foundation, cueq / "run_adapter")
     # e3nn's Clebsch-Gordan coefficients come from the float32 file, cuequivariance's don't
     assert worst(outputs(adapted, frames), outputs(merged, frames)) <= 1e-8
+
+
+def test_a_model_that_cannot_be_converted(tmp_path, flags):
+    """mace-torch knows correlation 2 and 3."""
+    pytest.importorskip("cuequivariance_torch")
+    kind, arguments = zoo.ZOO["foundation"]
+    with default_dtype(torch.float64):
+        torch.save(kind(**{**zoo._COMMON, **arguments, "correlation": 1}), tmp_path / "one.model")
+    error = here(tmp_path, *flags, "--foundation_model=one.model", "--enable_cueq=True")
+    assert "--enable_cueq=True: mace-torch can't convert this model" in error
 
 
 @pytest.mark.parametrize("labels", ["labels of the old data", "pseudolabels"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mace_lora.contractions import project
-from mace_lora.errors import UnsupportedUpstream
+from mace_lora.errors import ConfigError, UnsupportedUpstream
 from mace_lora.host import upstream
 
 _Transfer = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
@@ -24,7 +24,8 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     """A model like `model` in cuequivariance's layout, whose contractions have e3nn's parameters.
 
     Raises:
-        UnsupportedUpstream: mace-torch converts contractions in a way that is not known.
+        ConfigError: mace-torch can't convert this model.
+        UnsupportedUpstream: it converts contractions in a way that is not known.
     """
     matrices: dict[str, torch.Tensor] = {}
     original = upstream.original("transfer_contractions")
@@ -33,8 +34,13 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
         original(source, target, *settings)
         matrices.update(_matrices(model, source, lambda s, t: original(s, t, *settings)))
 
-    with upstream.substituted({"transfer_contractions": transfer}):
-        converted = upstream.original("to_cueq")(model, device=device)
+    try:
+        with upstream.substituted({"transfer_contractions": transfer}):
+            converted = upstream.original("to_cueq")(model, device=device)
+    except NotImplementedError as error:  # correlation 1, or above 3
+        raise ConfigError(
+            f"--enable_cueq=True: mace-torch can't convert this model: {error}; leave the flag out"
+        ) from error
     _same_parameters(converted, model)
     for name, contractions in _products(model).items():
         product = converted.get_submodule(name)
