@@ -89,7 +89,7 @@ def test_foundation_model_that_is_none(message, tmp_path, content, expected):
 
 
 def test_models_that_mace_torch_does_not_fine_tune(message, tmp_path, build):
-    """It fails with a KeyError for the first, and starts the second from random numbers."""
+    """It fails with a KeyError for the first; the second it starts from random numbers."""
     torch.save(build("plain_mace"), tmp_path / "plain.model")
     text = message("--foundation_model=plain.model")
     assert "--foundation_model=plain.model: a MACE, from which mace-torch can't start" in text
