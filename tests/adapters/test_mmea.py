@@ -211,19 +211,3 @@ print(repr(float(atoms.get_potential_energy())))
     saved = torch.load(folder / "run.model", weights_only=False)
     expected = outputs(saved, [frame])["energy"].item()
     assert float(done.stdout) == pytest.approx(expected, abs=1e-8)
-
-
-def test_cuequivariance_keeps_the_gates(tmp_path, run, train_flags, foundation, frames):
-    """Another layout of features inside, the same result, and a model in e3nn's layout after."""
-    pytest.importorskip("cuequivariance_torch")
-    flags = [*train_flags, f"--foundation_model={foundation}", "--adapter=mmea"]
-    flags.append("--max_num_epochs=2")
-    plain, cueq = tmp_path / "plain", tmp_path / "cueq"
-    plain.mkdir(), cueq.mkdir()
-    run_command(*flags, cwd=plain)
-    run_command(*flags, "--enable_cueq=True", cwd=cueq)
-    saved = [torch.load(f / "run.model", weights_only=False) for f in (plain, cueq)]
-    assert {type(m).__module__.split(".")[0] for m in saved[1].modules()} <= {
-        "mace", "mace_lora", "e3nn", "torch", "opt_einsum_fx",
-    }  # fmt: skip
-    assert worst(*(outputs(m, frames) for m in saved)) < 1e-8
