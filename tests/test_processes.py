@@ -110,14 +110,11 @@ def test_the_loss_curve_of_one_process_with_the_doubled_batch(tmp_path, flags, o
 
 @pytest.mark.parametrize("method", ["elora", "dora", "mmea"])
 def test_other_methods(tmp_path, flags, method):
-    """And the way of computing falls back, with a line that says so."""
     flags = [f for f in flags if "lora=" not in f] + [f"--adapter={method}", "--max_num_epochs=1"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert here(one, *flags, "--batch_size=4") == ""
-    flags += ["--batch_size=2", "--step=compile"]
-    running = process(two, *flags, launcher=launcher("-m", "mace_lora"))
+    running = process(two, *flags, "--batch_size=2", launcher=launcher("-m", "mace_lora"))
     assert running.wait() == 0, said(two)
-    assert said(two).count("--step=compile is for one process, going on with fused in several") == 1
     assert evaluations(two) == pytest.approx(evaluations(one), rel=1e-10)
     a, b = (torch.load(f / LATEST, weights_only=True)["adapter"] for f in (one, two))
     assert max(v.abs().max().item() for k, v in a.items() if ".A." not in k) > 1e-3

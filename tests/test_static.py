@@ -20,6 +20,7 @@ from mace_lora.step.base import CannotServe, Way
 from mace_lora.step.choice import Chosen, Forecast
 from mace_lora.step.compiled import Compiled
 from mace_lora.step.cudagraph import Captured
+from mace_lora.step.fusing import Fused
 from mace_lora.step.padding import Shape, pad, plan, sizes
 from mace_lora.step.static import Recorded, Static
 from mace_lora.step.tracing import trace
