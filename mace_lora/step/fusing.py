@@ -96,7 +96,10 @@ class Fused(Way):
         if known is None or known[0] != modules:
             if self.kernels:
                 check_cpu(model)
-            known = self._fusions[model] = modules, Fusion(model, kernels=self.kernels)
+            # Modules are built here, whose initial weights are drawn: a run that is continued
+            # builds them at another place, and must draw the same numbers elsewhere
+            with torch.random.fork_rng(devices=[]):
+                known = self._fusions[model] = modules, Fusion(model, kernels=self.kernels)
         return known[1]
 
 
