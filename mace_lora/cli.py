@@ -215,6 +215,7 @@ def main_tools(argv: Sequence[str] | None = None) -> None:
     elif command == "train":
         main(argv)
     elif command == "doctor":
+        _quiet()
         from mace_lora.doctor import main as doctor
 
         sys.exit(doctor(argv))

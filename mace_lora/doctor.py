@@ -59,6 +59,7 @@ def diagnose() -> dict[str, Any]:
         )
     cuda, cueq = _torch(problems), _cuequivariance()
     problems += _upstream()
+    kernels = _kernels()
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -66,6 +67,7 @@ def diagnose() -> dict[str, Any]:
         "command_is_ours": ours,
         "cuda": cuda,
         "cuequivariance": cueq,
+        "kernels": kernels,
         "problems": problems,
     }
 
@@ -95,6 +97,16 @@ def _cuequivariance() -> str:
     return "yes, with CUDA kernels"
 
 
+def _kernels() -> str:
+    """Whether the fused kernels of the CPU can be had: they are compiled on first use."""
+    try:
+        library = import_module("mace_lora.step.library")
+        library.load()
+        return f"yes: compiled with {library.compiler()}, kept in {library.cache_folder()}"
+    except Exception as error:  # no compiler, no folder to write to, no torch
+        return f"no, --step=auto is eager: {error}"
+
+
 def _upstream() -> list[str]:
     try:
         upstream = import_module("mace_lora.host.upstream")
@@ -108,7 +120,11 @@ def _upstream() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the diagnosis; 0 where there is no problem, 1 where there is one."""
-    parser = argparse.ArgumentParser(prog="mace_lora doctor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="mace_lora doctor",
+        description=__doc__,
+        epilog="exit codes: 0 no problem; 1 problems, each with what to do; 2 wrong usage",
+    )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
     options = parser.parse_args(argv)
     found = diagnose()
@@ -127,6 +143,7 @@ def _print(found: dict[str, Any]) -> None:
     print(f"{COMMAND}: {found['command'] or 'not on the PATH'} ({whose})")
     print(f"CUDA: {found['cuda']}")
     print(f"cuequivariance: {found['cuequivariance']}")
+    print(f"fused CPU kernels: {found['kernels']}")
     if found["problems"]:
         print("Problems:")
         for problem in found["problems"]:

@@ -357,8 +357,8 @@ def test_adapters_side_by_side_with_a_second_file_and_a_picture(
     assert min(image.shape[:2]) > 500
     assert image[..., :3].std() > 0.05  # something is drawn
     text = run(capsys, "eval", *flags, "--metric", "rmse")
-    assert "forces: two" in text
-    assert "RMSE" in text
+    assert "forces, RMSE in meV/Å" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_frames_that_not_every_model_knows(capsys, base, base_file, labelled, tmp_path):

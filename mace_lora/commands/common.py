@@ -68,21 +68,23 @@ def size(path: str | Path) -> int:
     return sum(f.stat().st_size for f in files if f.is_file())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1, border: bool = True
+) -> str:
     """A table in text, its first `left` columns flush left and the others flush right."""
     # PrettyTable wants different names, and doesn't mind spaces
     names = [name + " " * list(head)[:i].count(name) for i, name in enumerate(head)]
-    made = PrettyTable(names)
+    made = PrettyTable(names, border=border)
     made.align = "r"
     for name in names[:left]:
         made.align[name] = "l"
     made.add_rows([list(row) for row in rows])
-    return made.get_string()
+    return "\n".join(line.rstrip() for line in made.get_string().splitlines())
 
 
-def bar(value: float, largest: float, width: int = 24) -> str:
-    """`value` as a bar of blocks, `largest` as the full width."""
+def bar(value: float, largest: float, width: int = 12) -> str:
+    """`value` as a bar of blocks, `largest` as the full width; padded with spaces to it."""
     if not largest > 0:
-        return ""
+        return " " * width
     eighths = round(8 * width * value / largest)
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+    return ("█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]).ljust(width)

@@ -29,6 +29,9 @@ from mace_lora.evaluation import (
 )
 from mace_lora.pictures import parity
 
+# meV per atom: no model is that wrong on the energies that it was trained for
+FAR = 1000.0
+
 EXAMPLES = """\
   mace_lora eval --model ethanol.model --data test.xyz
   mace_lora eval --model mini --adapter lora_adapter dora_adapter --data test.xyz \\
@@ -114,25 +117,38 @@ def _result(path: str, frames: Frames, values: dict[str, Values]) -> dict[str, A
 def text(data: dict[str, Any]) -> str:
     parts = []
     for file in data["files"]:
-        units = ", ".join(f"{quantity} in {unit}" for quantity, unit in UNITS.items())
-        parts.append(f"{file['path']}: {file['frames']} frames, {data['metric'].upper()}, {units}")
-        parts.append(_table(file["models"], data["metric"]))
+        parts.append(f"{file['path']}: {file['frames']} frames")
+        for quantity, unit in data["units"].items():
+            if any(quantity in row["mae"] for row in next(iter(file["models"].values()))):
+                parts.append(f"{quantity}, {data['metric'].upper()} in {unit}")
+                parts.append(_table(file["models"], data["metric"], quantity))
+        parts += _offsets(file)
     parts += data["left_out"]
     if data["picture"]:
         parts.append(f"picture: {data['picture']}")
     return "\n".join(parts)
 
 
-def _table(results: dict[str, list[dict[str, Any]]], metric: str) -> str:
+def _table(results: dict[str, list[dict[str, Any]]], metric: str, quantity: str) -> str:
     names = list(results)
-    quantities = [q for q in UNITS if any(q in row[metric] for row in results[names[0]])]
-    head = ["", "", "count"]
-    head += [f"{q}: {name}" for q in quantities for name in names]
     rows = []
     for i, row in enumerate(results[names[0]]):
-        part = {"all": "", "group": "type", "element": "element"}[row["part"]]
-        cells = [results[n][i][metric].get(q) for q in quantities for n in names]
-        rows.append(
-            [part, row["name"], row["count"], *("" if c is None else f"{c:.2f}" for c in cells)]
-        )
-    return common.table(head, rows, left=2)
+        part = {"all": "all", "group": "type", "element": "element"}[row["part"]]
+        cells = [results[n][i][metric].get(quantity) for n in names]
+        if any(c is not None for c in cells):
+            label = f"{part} {row['name']}" if part != "all" else part
+            shown = ("" if c is None else f"{c:.2f}" for c in cells)
+            rows.append([label, row["count"], *shown])
+    return common.table(["", "count", *names], rows)
+
+
+def _offsets(file: dict[str, Any]) -> list[str]:
+    """A word on models whose energies are far from the labels, most likely by other E0s."""
+    found = {name: rows[0]["mae"].get("energy", 0.0) for name, rows in file["models"].items()}
+    far = [name for name, error in found.items() if error > FAR]
+    if not far:
+        return []
+    return [
+        f"energies of {', '.join(far)} are eV per atom away: do the labels count from other E0s? "
+        "--fit_e0s takes that out"
+    ]

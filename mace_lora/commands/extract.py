@@ -91,13 +91,14 @@ def text(data: dict[str, Any]) -> str:
             layer["name"],
             f"{100 * layer['change']:.2f} %",
             f"{100 * layer['error']:.1f} %",
-            common.bar(layer["error"], 1.0, 16).ljust(16) if layer["adapted"] else "no adapter",
+            common.bar(layer["error"], 1.0) if layer["adapted"] else "no adapter",
         ]
         for layer in data["layers"]
         if layer["change"] > NOTHING
     ]
     lines = [
-        common.table(["weight", "|change| / |W|", "left by the adapter", ""], rows),
+        "the change of each weight, and the part of it that the adapter leaves out:",
+        common.table(["weight", "|ΔW|/|W|", "left out", ""], rows, border=False),
         f"{data['output']}: {data['method']} of rank {data['rank']}, {data['bytes'] / 1e3:.1f} KB",
     ]
     if "errors" in data:
@@ -105,6 +106,6 @@ def text(data: dict[str, Any]) -> str:
         table = [
             [name, *(f"{mae[q]:.2f}" for q in measured)] for name, mae in data["errors"].items()
         ]
-        head = [f"MAE on {data['data']}", *(f"{q} ({UNITS[q]})" for q in measured)]
-        lines.append(common.table(head, table))
+        lines.append(f"{data['data']}: MAE")
+        lines.append(common.table(["", *(f"{q} ({UNITS[q]})" for q in measured)], table))
     return "\n".join(lines)

@@ -250,7 +250,10 @@ def _say_checkpoint(data: dict[str, Any]) -> str:
 
 
 def _say_adapter(data: dict[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in data["options"].items())
+    options = {
+        k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in data["options"].items()
+    }
+    options = ", ".join(f"{k}={v}" for k, v in options.items() if v)
     base, model = data["base"], data["model"]
     lines = [
         f"{data['path']}: an adapter of method {data['method']}, {data['parameters']:,} parameters "
@@ -274,8 +277,8 @@ def _say_adapter(data: dict[str, Any]) -> str:
                 " ".join(str(r) for r in dict.fromkeys(entry["ranks"])) or "full",
                 f"{entry['parameters']:,}",
                 "" if relative is None else f"{100 * relative:.2f} %",
-                common.bar(relative or 0.0, largest).ljust(24),
+                common.bar(relative or 0.0, largest),
             ]
         )
-    head = ["layer", "rank", "parameters", "|change| / |W|", ""]
-    return "\n".join([*lines, common.table(head, rows)])
+    head = ["layer", "rank", "params", "|ΔW|/|W|", ""]
+    return "\n".join([*lines, common.table(head, rows, border=False)])
