@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +57,12 @@ def write(
     base: dict[str, Any],
     model: dict[str, Any],
 ) -> None:
-    """Write the directory whole or not at all; an older one of the same name is replaced."""
+    """Write the directory whole or not at all; an older adapter of the same name is replaced.
+
+    Raises:
+        ArtefactError: something else has that name, which is left as it is.
+    """
+    check_free(folder)
     content = {
         "format": FORMAT,
         "versions": _versions(),
@@ -68,6 +74,25 @@ def write(
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, new / TENSORS)
         (new / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for other in Path(folder).glob("*"):  # notes that someone has put beside the adapter
+            if other.is_file() and other.name not in (TENSORS, CONFIG):
+                shutil.copy2(other, new)
+
+
+def check_free(folder: str | Path) -> None:
+    """Raises ArtefactError where an adapter can't be written without loss of something else."""
+    folder = Path(folder)
+    if folder.is_dir():
+        inside = {path.name for path in folder.iterdir()}
+        if inside and CONFIG not in inside:
+            raise ArtefactError(
+                f"{folder} is a folder with other files in it ({', '.join(sorted(inside)[:3])}), "
+                "no adapter directory: name another for the adapter; nothing was overwritten"
+            )
+        if any(path.is_dir() for path in folder.iterdir()):
+            raise ArtefactError(f"{folder} holds folders: name another for the adapter")
+    elif folder.exists():
+        raise ArtefactError(f"{folder} is a file: name another folder for the adapter")
 
 
 def read(folder: str | Path) -> Artefact:
@@ -77,6 +102,8 @@ def read(folder: str | Path) -> Artefact:
         ArtefactError: a file is missing, unreadable, of a newer format, or has unknown keys.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ArtefactError(f"{folder} is a file; an adapter is a directory with {CONFIG} in it")
     content = _read_config(folder / CONFIG)
     try:
         config = AdapterConfig.from_json(

@@ -13,7 +13,7 @@ from mace_lora.adapters.registry import METHODS, get_method
 from mace_lora.commands import COMMANDS
 from mace_lora.commands import run as run_command
 from mace_lora.config import AdapterConfig, RunOptions
-from mace_lora.errors import ConfigError, MaceLoraError
+from mace_lora.errors import ConfigError, MaceLoraError, did_you_mean
 
 _GROUP = "adapters (mace-lora)"
 _ABOUT = (
@@ -226,4 +226,6 @@ def main_tools(argv: Sequence[str] | None = None) -> None:
         except MaceLoraError as error:
             sys.exit(f"error: {error}")
     else:
-        sys.exit(f"error: unknown command {command!r}\n{_usage()}")
+        known = did_you_mean(command, ["train", *COMMANDS, "doctor"])
+        print(f"error: unknown command {command!r}; {known}", file=sys.stderr)
+        sys.exit(2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 
 from mace_lora import artefact
 from mace_lora.config import AdapterConfig
@@ -192,6 +193,14 @@ def unmerge(model: torch.nn.Module, folder: str | Path) -> tuple[torch.nn.Module
     if any(True for _ in adapters(model)):
         raise ConfigError("the model carries adapters, it is not merged: use unload instead")
     content = artefact.read(folder)
+    own, its = (
+        " ".join(chemical_symbols[z] for z in numbers)
+        for numbers in (model.atomic_numbers.tolist(), content.model["atomic_numbers"])
+    )
+    if own != its:
+        raise NotMergeable(
+            f"the model is for {own} and {folder} for {its}: was it merged into this one?"
+        )
     scales = {change: tensor.detach().clone() for change, tensor in base_state(model).items()}
     inject(model, content.config)
     try:

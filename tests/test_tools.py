@@ -86,6 +86,9 @@ def test_exit_codes(base_file, tmp_path):
     assert status == 1
     assert message.startswith("error: nothing.model: there is no such file")
     assert code("merge")[0] == 2
+    status, message = code("mrege")
+    assert status == 2
+    assert "Did you mean 'merge'?" in message
 
 
 # ---------------------------------------------------------------------------- info
@@ -273,7 +276,7 @@ def test_extract_command(capsys, base, base_file, frames, tmp_path):
     assert errors["adapter"] == pytest.approx(errors["fine-tuned"], rel=1e-9)
     assert errors["adapter"] != pytest.approx(errors["base"], rel=1e-9)
     text = run(capsys, "extract", *flags)
-    assert "left by the adapter" in text
+    assert "left out" in text
     assert "forces (meV/Å)" in text
     loaded = load_adapter(str(base_file), tmp_path / "out")
     assert worst(outputs(loaded, frames), outputs(load(tmp_path / "ft.model"), frames)) < 1e-10
@@ -284,6 +287,32 @@ def test_extraction_from_what_is_no_fine_tuning(base, build):
         extract(base, build("high_order"))
     with pytest.raises(ConfigError, match="use lora or elora"):
         extract(base, finetuned(base, rank=1), AdapterConfig.create("dora"))
+
+
+def test_an_adapter_takes_the_place_of_nothing_else(base, base_file, frames, tmp_path):
+    """A folder of something else, or a file, is refused; notes beside an adapter stay."""
+    torch.save(finetuned(base, rank=2), tmp_path / "ft.model")
+    flags = ["--base", base_file, "--finetuned", tmp_path / "ft.model", "--output"]
+    (tmp_path / "data").mkdir()
+    ase.io.write(tmp_path / "data" / "precious.xyz", frames)
+    assert "precious.xyz" in failure("extract", *flags, tmp_path / "data")
+    assert (tmp_path / "data" / "precious.xyz").exists()
+    assert "is a file" in failure("extract", *flags, tmp_path / "ft.model")
+    folder = make_adapter(base, tmp_path / "a")
+    (folder / "notes.txt").write_text("mine")
+    assert (make_adapter(base, folder, seed=1) / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_taken_for_something_else_is_told(base, base_file, labelled, tmp_path):
+    folder = make_adapter(base, tmp_path / "a", elements=(1, 6))
+    text = failure("eval", "--model", folder, "--data", labelled)
+    assert "an adapter goes to --adapter" in text
+    flags = ["--data", labelled, "--model", base_file, "--adapter", base_file]
+    assert "is a file; an adapter is a directory" in failure("eval", *flags)
+    flags = ["--model", base_file, "--adapter", folder, "--output"]
+    assert "is for H C N O and" in failure("unmerge", *flags, tmp_path / "s.model")
+    flags[0] = "--base"
+    assert "the name of a file is needed" in failure("merge", *flags, tmp_path)
 
 
 # ---------------------------------------------------------------------------- eval
@@ -358,7 +387,7 @@ def test_adapters_side_by_side_with_a_second_file_and_a_picture(
     assert image[..., :3].std() > 0.05  # something is drawn
     text = run(capsys, "eval", *flags, "--metric", "rmse")
     assert "forces, RMSE in meV/Å" in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(len(line) for line in text.splitlines() if line[0] == "|") <= 100
 
 
 def test_frames_that_not_every_model_knows(capsys, base, base_file, labelled, tmp_path):

@@ -41,6 +41,8 @@ def save(model: torch.nn.Module, path: str) -> None:
 
 def check_folder(path: str, flag: str) -> None:
     """Raises ConfigError where a file named by a flag can't be written, before any work."""
+    if Path(path).is_dir():
+        raise ConfigError(f"--{flag}={path} is a folder; the name of a file is needed")
     if not Path(path).resolve().parent.is_dir():
         raise ConfigError(f"--{flag}={path}: there is no folder {Path(path).resolve().parent}")
 

@@ -149,6 +149,6 @@ def _offsets(file: dict[str, Any]) -> list[str]:
     if not far:
         return []
     return [
-        f"energies of {', '.join(far)} are eV per atom away: do the labels count from other E0s? "
-        "--fit_e0s takes that out"
+        f"energies of {', '.join(far)} are eV per atom away.",
+        "Do the labels count from other E0s? --fit_e0s takes that out",
     ]

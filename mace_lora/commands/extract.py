@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mace_lora import artefact
 from mace_lora.api import load_adapter
 from mace_lora.commands import common
 from mace_lora.config import AdapterConfig
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    common.check_folder(options.output, "output")
+    artefact.check_free(options.output)
     config = AdapterConfig.create(
         options.method,
         rank=options.rank,
@@ -96,6 +97,8 @@ def text(data: dict[str, Any]) -> str:
         for layer in data["layers"]
         if layer["change"] > NOTHING
     ]
+    if not rows:
+        rows = [["none has changed by more than rounding", "", "", ""]]
     lines = [
         "the change of each weight, and the part of it that the adapter leaves out:",
         common.table(["weight", "|ΔW|/|W|", "left out", ""], rows, border=False),

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mace_lora import artefact
 from mace_lora.errors import ConfigError, DataError
 from mace_lora.host import processes, stored, upstream
 from mace_lora.host.frames import XyzFrames, check, symbols
@@ -75,6 +76,7 @@ def folders_writable(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: naming the flag whose folder can't be written to.
+        ArtefactError: something that is no adapter stands where the adapter is to be written.
     """
     for flag in ("work_dir", "model_dir", "checkpoints_dir", "results_dir", "log_dir"):
         folder = getattr(args, flag, None)
@@ -86,6 +88,7 @@ def folders_writable(args: argparse.Namespace) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"--{flag}={folder} can't be written to: {error}") from None
+    artefact.check_free(Path(args.model_dir or args.work_dir) / f"{args.name}_adapter")
 
 
 def checked_loader(

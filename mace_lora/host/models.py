@@ -10,6 +10,7 @@ import ase
 import numpy as np
 import torch
 
+from mace_lora import artefact
 from mace_lora.errors import FoundationModelError, did_you_mean
 from mace_lora.host import mini, upstream
 from mace_lora.host.mini import default_dtype
@@ -85,6 +86,12 @@ def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) ->
 def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
     path = Path(name).expanduser()
     called = f"--{flag}={name}" if flag else name
+    if path.is_dir():
+        hint = " (an adapter goes to --adapter, beside its base model)"
+        raise FoundationModelError(
+            f"{called} is a folder; expected a .model file, or a name"
+            + hint * (path / artefact.CONFIG).exists()
+        )
     if not path.is_file():
         raise FoundationModelError(
             f"{called}: there is no such file, and no model of that name; "
