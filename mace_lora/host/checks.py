@@ -69,6 +69,12 @@ def optional_packages(args: argparse.Namespace) -> None:
                 f"{flag} needs the package {package}, which is not installed: "
                 f"pip install {package.replace('_', '-')}, or leave the flag out"
             )
+    unknown = [name for name in args.wandb_log_hypers if args.wandb and name not in vars(args)]
+    if unknown:
+        raise ConfigError(
+            f"--wandb_log_hypers={unknown[0]} is no flag of mace-torch's (the adapter and its "
+            "options are logged without being named)"
+        )
 
 
 def folders_writable(args: argparse.Namespace) -> None:

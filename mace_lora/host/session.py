@@ -69,6 +69,10 @@ class Session:
             options=options,
             stop=self.stop,
             sources=lambda data: frames.sources(self.files, data),
+            adapter={
+                "adapter": config.method,
+                **{f"{config.method}_{k}": v for k, v in config.options.to_json().items()},
+            },
         )
         self.saving = Saving(
             args,

@@ -36,6 +36,7 @@ class Training:
         options: of the run, beside mace-torch's own.
         stop: says whether a signal has asked the run to end.
         sources: tells from which files and frames items of a data set came.
+        adapter: method and options by flag, for wandb.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Training:
         options: RunOptions,
         stop: StopRequest,
         sources: Callable[[list[Any]], str],
+        adapter: dict[str, Any],
     ) -> None:
         self.args = args
+        self.adapter = adapter
         self.options = options
         self.speed = Speed(options.step)
         self.steps = Steps(options)
@@ -135,6 +138,9 @@ class Training:
         self.n_frames = len(keywords["train_loader"].dataset)
         keywords["logger"] = StepLog(keywords["logger"], self._judge)
         self.loop = loop = Loop(self.stop, self.steps, self.speed.batches, **keywords)
+        if loop.log_wandb and loop.rank == 0:  # mace-torch tells wandb of its own flags alone
+            trained = self.count_trainable(loop.model)
+            upstream.module("wandb").config.update({**self.adapter, "trained_parameters": trained})
         loop.resume()
         steps = len(loop.train_loader)
         done = loop.at.epoch * steps + loop.at.steps
