@@ -286,16 +286,45 @@ def test_a_signal_outside_training_leaves_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_accumulated_gradients_dropout_and_warm_up(tmp_path, flags):
+@pytest.fixture
+def accumulating(flags):
+    """Ten batches in an epoch, and a step of the optimiser after 4, 8 and 10 of them."""
+
+    def of(method: str) -> list[str]:
+        dropout = [] if method == "mmea" else [f"--{method}_dropout=0.2"]
+        own = [f for f in flags if f != "--lora=True"] + [f"--adapter={method}", *dropout]
+        steps = ["--batch_size=1", "--accumulate=4", "--warmup_steps=4"]
+        return [*own, *steps, "--max_num_epochs=2", "--restart_latest"]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("method", "lines"), [("lora", 3), ("elora", 15), ("mmea", 14), ("dora", 5)]
+)
+def test_accumulated_gradients_dropout_and_warm_up(tmp_path, accumulating, method, lines):
     """Stopped inside an epoch, but never between batches whose gradients belong together."""
-    flags = [*flags, "--max_num_epochs=2", "--batch_size=1", "--accumulate=4", "--warmup_steps=4"]
-    flags += ["--lora_dropout=0.2", "--restart_latest"]
+    flags = accumulating(method)
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     assert here(straight, *flags) == ""
-    with signal_after(signal.SIGTERM, parts, 3):
+    with signal_after(signal.SIGTERM, parts, lines):
         assert here(parts, *flags) == "75"
     at = torch.load(parts / LATEST, weights_only=True)["progress"]
     assert at["steps"] in (0, 4, 8, 10)
+    assert here(parts, *flags) == ""
+    assert results(parts) == results(straight)
+    assert same_weights(straight / "run.model", parts / "run.model")
+
+
+def test_sigkill_while_gradients_are_accumulated(tmp_path, accumulating):
+    """Nothing of the batches since the last checkpoint is left, and they are done again."""
+    flags = accumulating("elora")
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    assert here(straight, *flags) == ""
+    running = process(parts, *flags)
+    wait_for_lines(running, parts, 15)  # two validations, ten batches of epoch 0, some of epoch 1
+    running.kill()
+    assert running.wait() == -9
     assert here(parts, *flags) == ""
     assert results(parts) == results(straight)
     assert same_weights(straight / "run.model", parts / "run.model")
