@@ -140,7 +140,7 @@ class History:
         """Energy and force MAE on the validation set against the epoch, as a PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         panels = [c for c in _CURVES if any(c[0] in m for _, _, m in self.rows)]
         heads = list(dict.fromkeys(h for _, h, _ in self.rows))
@@ -162,7 +162,8 @@ class History:
                 axis(FuncFormatter(lambda y, _: f"{y:g}"))
             axes.tick_params(axis="y", which="minor", labelsize=7)
             axes.grid(alpha=0.3, which="both")
-            axes.legend(loc="upper right")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend(loc="best")
         figure.suptitle(title)
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=130, format="png")

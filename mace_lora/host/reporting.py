@@ -136,9 +136,9 @@ def _method(page: Page, config: AdapterConfig, injected: InjectionReport) -> Non
     page.text(injected.counts())
     default = type(config.options)()
     changed = {
-        f.name: getattr(config.options, f.name)
+        f.name: " ".join(map(str, value)) if isinstance(value, tuple) else value
         for f in fields(config.options)
-        if getattr(config.options, f.name) != getattr(default, f.name)
+        if (value := getattr(config.options, f.name)) != getattr(default, f.name)
     }
     page.facts({"method": config.method, **(changed or {"options": "all as by default"})})
     rows = [[part, *(f"{n:,}" for n in row)] for part, row in injected.parts.items()]
