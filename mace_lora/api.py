@@ -60,7 +60,7 @@ def load_foundation(
     """The foundation model `mini`, or one from a `.model` file; see `host.models.load`."""
     from mace_lora.host import models
 
-    return models.load(name, device, dtype)
+    return models.load(name, device, dtype, flag="")
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
@@ -99,7 +99,10 @@ def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Mo
     content = artefact.read(folder)
     # in the precision of the run before anything is computed, as the run itself did
     dtype = getattr(torch, content.model["dtype"])
-    base = models.load(base, dtype=dtype) if isinstance(base, str) else deepcopy(base).to(dtype)
+    if isinstance(base, str):
+        base = models.load(base, dtype=dtype, flag="")
+    else:
+        base = deepcopy(base).to(dtype)
     model = models.one_head(base, content.base.get("head"))
     found = fingerprint(model)
     if found == content.model.get("fingerprint"):

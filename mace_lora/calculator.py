@@ -10,9 +10,10 @@ from typing import Any
 import ase
 import torch
 from ase.calculators.calculator import Calculator, all_changes
+from ase.data import chemical_symbols
 
 from mace_lora.api import load_adapter
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, DataError
 from mace_lora.host import models, upstream
 from mace_lora.merging import merge
 
@@ -65,7 +66,11 @@ class MaceLoraCalculator(Calculator):
             committee = [self._model(folder) for folder in key]
             _check_committee(committee, key)
             calculator = upstream.module("mace.calculators").MACECalculator
-            self._calculators[key] = calculator(models=committee, **self._settings)
+            settings = dict(self._settings)
+            if not settings["default_dtype"]:
+                own = next(committee[0].parameters()).dtype
+                settings["default_dtype"] = str(own).removeprefix("torch.")
+            self._calculators[key] = calculator(models=committee, **settings)
         self._current = self._calculators[key]
         self.adapter = adapter
         self.implemented_properties = list(self._current.implemented_properties)
@@ -86,10 +91,26 @@ class MaceLoraCalculator(Calculator):
         properties: list[str] | None = None,
         system_changes: list[str] = all_changes,
     ) -> None:
-        """Called by ASE."""
+        """Called by ASE.
+
+        Raises:
+            DataError: the model doesn't know one of the elements.
+        """
+        if atoms is not None:
+            self._check_elements(atoms)
         super().calculate(atoms, properties, system_changes)
         self._current.calculate(self.atoms, properties, system_changes)
         self.results = dict(self._current.results)
+
+    def _check_elements(self, atoms: ase.Atoms) -> None:
+        known = set(self._current.z_table.zs)
+        unknown = set(atoms.numbers.tolist()) - known
+        if unknown:
+            names = [" ".join(chemical_symbols[z] for z in sorted(n)) for n in (known, unknown)]
+            raise DataError(
+                f"the model knows {names[0]}, the atoms hold {names[1]} too (an adapter is for the "
+                "elements that its run was trained on)"
+            )
 
 
 def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:

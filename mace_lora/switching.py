@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -77,8 +78,11 @@ def combine_adapters(
     """
     from mace_lora.host import models
 
-    if not weights:
-        raise ConfigError("no adapters to combine: give a table of directories and weights")
+    if not weights or not isinstance(weights, Mapping):
+        raise ConfigError("nothing to combine: give a table of adapter directories and weights")
+    for folder, weight in weights.items():
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"the weight of {folder} must be a finite number, found {weight!r}")
     start, sums, descriptions = None, {}, []
     for folder, weight in weights.items():
         model = load_adapter(base, folder)

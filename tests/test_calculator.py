@@ -24,7 +24,7 @@ from mace_lora import (
     unload,
 )
 from mace_lora.adapters.registry import METHODS
-from mace_lora.errors import ArtefactError, ConfigError, NotMergeable
+from mace_lora.errors import ArtefactError, ConfigError, DataError, NotMergeable
 from mace_lora.injection import adapters
 from mace_lora.testing import outputs, randomise_, worst
 
@@ -118,8 +118,10 @@ def test_combination(base, frames, tmp_path):
 def test_combinations_that_make_no_sense(base, tmp_path):
     one = make_adapter(base, tmp_path / "one", shift=1.0)
     two = make_adapter(base, tmp_path / "two", seed=1)
-    with pytest.raises(ConfigError, match="no adapters"):
+    with pytest.raises(ConfigError, match="nothing to combine"):
         combine_adapters(base, {})
+    with pytest.raises(ConfigError, match="a finite number, found 'much'"):
+        combine_adapters(base, {one: "much"})
     with pytest.raises(ConfigError, match="differ in atomic_energies"):
         combine_adapters(base, {one: 1.0, two: -1.0})
     few = make_adapter(base, tmp_path / "few", elements=(1, 6))
@@ -222,3 +224,13 @@ def test_a_committee_has_mean_and_variance(base, crystal, tmp_path):
         calculator.set_adapter([folders[0], few])
     with pytest.raises(ConfigError, match="without adapters"):
         calculator.set_adapter([])
+
+
+def test_an_element_that_the_adapter_does_not_know(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "a", elements=(1, 6))
+    water = molecule("H2O")
+    water.calc = MaceLoraCalculator(base=base, adapter=adapter)
+    with pytest.raises(DataError, match="the model knows H C, the atoms hold O too"):
+        water.get_potential_energy()
+    water.calc.set_adapter(None)
+    assert np.isfinite(water.get_potential_energy())

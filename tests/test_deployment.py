@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import ase
+import ase.io
 import numpy as np
 import pytest
 import torch
 from adapter_folders import make_adapter
 from ase import units
+from ase.build import bulk
+from ase.data import chemical_symbols
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
@@ -140,6 +145,78 @@ def test_lammps_mliap(merged, atoms):
     assert data.energy == pytest.approx(energy, abs=1e-8)
     assert data.eatoms.sum() == pytest.approx(energy, abs=1e-8)
     assert np.allclose(data.forces, forces, atol=1e-8)
+
+
+LAMMPS_SCRIPT = """
+units metal
+atom_style atomic
+atom_modify map yes
+newton on
+read_data crystal.data
+pair_style mliap unified {model} 0
+pair_coeff * * {elements}
+velocity all create 300 1
+fix move all nve
+timestep 0.0005
+thermo_style custom step pe ke etotal pxx pyy pzz
+thermo_modify format float %.12g
+thermo 1
+dump forces all custom 1000 forces.txt id fx fy fz
+dump_modify forces sort id format float %.12g
+run 20
+"""
+
+
+def lammps_with_mliap() -> str:
+    """A LAMMPS that can run ML-IAP models written in Python, from $LAMMPS or the PATH."""
+    program = os.environ.get("LAMMPS") or shutil.which("lmp") or shutil.which("lammps")
+    wanted = {"KOKKOS", "ML-IAP", "PYTHON"}
+    if program is None:
+        pytest.skip(f"no LAMMPS: $LAMMPS may name one with the packages {sorted(wanted)}")
+    said = subprocess.run([program, "-h"], capture_output=True, text=True, check=False).stdout
+    if missing := wanted - set(said.split()):
+        pytest.skip(f"{program} is built without the packages {sorted(missing)}")
+    return program
+
+
+@pytest.mark.slow
+def test_lammps_itself(merged, tmp_path):
+    """A crystal smaller than the cutoff's sphere, so that features travel to ghost atoms."""
+    program = lammps_with_mliap()
+    path, _ = merged
+    exported(path, "--format=mliap")
+    elements = [chemical_symbols[z] for z in torch.load(path, weights_only=False).atomic_numbers]
+    crystal = bulk("C", "diamond", a=3.6, cubic=True) * (2, 2, 2)
+    crystal.rattle(0.05, seed=0)
+    crystal.symbols[:8] = "H"
+    crystal.symbols[8:16] = "O"
+    data = {"format": "lammps-data", "specorder": elements, "masses": True}
+    ase.io.write(tmp_path / "crystal.data", crystal, **data)
+    model = f"{path}-mliap_lammps.pt"
+    (tmp_path / "in.txt").write_text(LAMMPS_SCRIPT.format(model=model, elements=" ".join(elements)))
+    packages = [os.environ.get("PYTHONPATH", ""), *(p for p in sys.path if "site-packages" in p)]
+    kokkos = ["-k", "on", "t", "1", "-sf", "kk", "-pk", "kokkos", "newton", "on", "neigh", "half"]
+    done = subprocess.run(
+        [program, *kokkos, "-in", "in.txt"],
+        cwd=tmp_path,
+        env={**os.environ, "MACE_ALLOW_CPU": "true", "PYTHONPATH": os.pathsep.join(packages)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.split("PotEng")[1].split("Loop time")[0].splitlines()[1:]
+    thermo = np.array([[float(x) for x in line.split()] for line in lines])
+    crystal.calc = MACECalculator(str(path), default_dtype="float64")
+    assert thermo[0, 1] == pytest.approx(crystal.get_potential_energy(), abs=1e-7)
+    pressure = -crystal.get_stress()[:3] / units.bar
+    kinetic = 2 / 3 * thermo[0, 2] / crystal.get_volume() / units.bar
+    assert thermo[0, 4:].mean() - kinetic == pytest.approx(pressure.mean(), rel=1e-5)
+    found = np.loadtxt(tmp_path / "forces.txt", skiprows=9, max_rows=len(crystal))[:, 1:]
+    assert np.allclose(found, crystal.get_forces(), atol=1e-7)
+    total = thermo[:, 3]
+    assert len(total) == 21
+    assert np.ptp(total) < 0.02 * np.ptp(thermo[:, 1])
 
 
 def test_torchsim(merged, frames):
