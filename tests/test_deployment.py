@@ -163,7 +163,7 @@ thermo_modify format float %.12g
 thermo 1
 dump forces all custom 1000 forces.txt id fx fy fz
 dump_modify forces sort id format float %.12g
-run 20
+run 10
 """
 
 
@@ -180,10 +180,11 @@ def lammps_with_mliap() -> str:
 
 
 @pytest.mark.slow
-def test_lammps_itself(merged, tmp_path):
+def test_lammps_itself(merged, tmp_path, monkeypatch):
     """A crystal smaller than the cutoff's sphere, so that features travel to ghost atoms."""
     program = lammps_with_mliap()
     path, _ = merged
+    monkeypatch.setenv("MACE_ALLOW_CPU", "true")  # read when the model is exported
     exported(path, "--format=mliap")
     elements = [chemical_symbols[z] for z in torch.load(path, weights_only=False).atomic_numbers]
     crystal = bulk("C", "diamond", a=3.6, cubic=True) * (2, 2, 2)
@@ -199,7 +200,7 @@ def test_lammps_itself(merged, tmp_path):
     done = subprocess.run(
         [program, *kokkos, "-in", "in.txt"],
         cwd=tmp_path,
-        env={**os.environ, "MACE_ALLOW_CPU": "true", "PYTHONPATH": os.pathsep.join(packages)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
         capture_output=True,
         text=True,
         check=False,
@@ -215,7 +216,7 @@ def test_lammps_itself(merged, tmp_path):
     found = np.loadtxt(tmp_path / "forces.txt", skiprows=9, max_rows=len(crystal))[:, 1:]
     assert np.allclose(found, crystal.get_forces(), atol=1e-7)
     total = thermo[:, 3]
-    assert len(total) == 21
+    assert len(total) == 11
     assert np.ptp(total) < 0.02 * np.ptp(thermo[:, 1])
 
 

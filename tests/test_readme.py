@@ -58,7 +58,7 @@ NAMES = {
     *("mace_lora train", "python -m mace_lora train", "mace_run_train --distributed"),
     *("scripts/reproduce.sh rmd17", "scripts/reproduce.sh --help"),
 }
-PROGRAMS = r"(?:mace_run_train|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"
+PROGRAMS = r"(?:mace_run_train|mace_create|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"
 
 
 def commands(document: Path) -> list[str]:
@@ -117,6 +117,13 @@ def understood(words: list[str], only_parse, monkeypatch) -> None:
         only_parse()
         with pytest.raises(Understood):
             cli.main_tools(rest)
+    elif program == "mace_create_lammps_model":
+        from mace.cli import create_lammps_model
+
+        monkeypatch.setattr(sys, "argv", words)
+        only_parse()
+        with pytest.raises(Understood):
+            create_lammps_model.main()
     elif program == "sbatch":
         place = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
         script = (ROOT / rest[place]).read_text()
@@ -228,13 +235,18 @@ def run(command: str) -> None:
         # the doctor looks at the PATH, on which a test need not have the command
         assert stop.value.code == 0 or words[1] == "doctor", f"{command}\n{stop.value.code}"
         return
+    environment = dict(os.environ)
+    while "=" in words[0]:
+        environment.update([words.pop(0).split("=", 1)])
     start = {
         "mace_run_train": ["-m", "mace_lora", "train"],
+        "mace_create_lammps_model": ["-m", "mace.cli.create_lammps_model"],
         "torchrun": ["-m", "torch.distributed.run"],
         "python": [],
     }[words[0]]
     done = subprocess.run(
         [sys.executable, *start, *words[1:]],
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -251,6 +263,7 @@ def test_readme_runs(story):
             run(" ".join([command, *CHANGED.get(begins(command, CHANGED), [])]))
     for file in ("my_model.model", "parity.png", "half.model", "start.model", "extracted_adapter"):
         assert (story / file).exists()
+    assert (story / "my_model.model-mliap_lammps.pt").exists()
     namespace: dict = {}
     for block in re.findall(r"^```python\n(.*?)^```", readme.read_text(), flags=re.S | re.M):
         exec(compile(block, "README.md", "exec"), namespace)
