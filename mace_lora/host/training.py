@@ -200,16 +200,18 @@ class Training:
     def _diverged(self, what: str, loss: Any, where: str) -> Diverged:
         """Upstream takes NaN for the best loss so far, and saves the model that gave it."""
         at, lr = self.loop.at, self.args.lr
-        kept = f"try --lr={lr / 10:g}"
+        # LBFGS takes no notice of --lr
+        flag, advice = f"--lr={lr:g}", f"try --lr={lr / 10:g}"
+        if self.args.lbfgs:
+            flag, advice = "--lbfgs", "leave out --lbfgs"
         if at.epoch > 0:
-            kept = (
+            advice = (
                 f"the best epoch so far is kept in {self.args.checkpoints_dir}. For a model of it "
                 f"repeat the command with --restart_latest --max_num_epochs={at.epoch}; to train "
-                f"on, try --lr={lr / 10:g}, with --restart_latest or from the start"
+                f"on, {advice}, with --restart_latest or from the start"
             )
         return Diverged(
-            f"the {what} is {float(loss):g} at {where}: training "
-            f"has diverged at --lr={lr:g}; {kept}"
+            f"the {what} is {float(loss):g} at {where}: training has diverged at {flag}; {advice}"
         )
 
     def _frames(self, indices: list[int]) -> str:
