@@ -238,16 +238,21 @@ def test_compiled(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_a_compiled_run_leaves_the_model_of_eager(tmp_path, train_flags, frames):
+    """25 epochs: the losses of 50 steps, and the saved models."""
     torch.save(smallest().float(), tmp_path / "small.model")
     flags = [*train_flags, f"--foundation_model={tmp_path / 'small.model'}", "--lora=True"]
-    models = []
+    models, logs = [], []
     for way in ("eager", "compile"):
         folder = tmp_path / way
         folder.mkdir()
-        done = run_command(*flags, "--max_num_epochs=3", f"--step={way}", cwd=folder)
+        done = run_command(*flags, "--max_num_epochs=25", f"--step={way}", cwd=folder)
+        lines = (folder / "results" / "run_run-1_train.txt").read_text().splitlines()
+        logs.append([row["loss"] for row in map(json.loads, lines)])
         models.append(torch.load(folder / "run.model", weights_only=False))
     assert "Compiled the training step in" in done.stdout
     assert "Compiled the evaluation in" in done.stdout
     assert "can't serve" not in done.stdout
+    assert len(logs[0]) > 50
+    assert logs[1] == pytest.approx(logs[0], rel=1e-8)
     one, other = map(partial(outputs, frames=frames), models)
     assert worst(one, other) < 1e-8
