@@ -215,7 +215,7 @@ def test_a_pattern_must_match_an_adapted_layer(model):
 def training(*flags: str) -> Training:
     base = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", "--lora=True", *flags]
     args, _, options = cli.parse(base)
-    return Training(args, "x", options, StopRequest(), sources=lambda frames: "")
+    return Training(args, "x", options, StopRequest(), lambda frames: "", adapter={})
 
 
 def test_learning_rate_of_b(model):
