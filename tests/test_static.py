@@ -237,8 +237,9 @@ def test_compiled(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_leaves_the_model_of_eager(tmp_path, train_flags, frames):
+def test_a_compiled_run_leaves_the_model_of_eager(tmp_path, train_flags, frames, monkeypatch):
     """25 epochs: the losses of 50 steps, and the saved models."""
+    monkeypatch.setenv("MACE_LORA_CACHE", str(tmp_path / "cache"))  # nothing is compiled yet
     torch.save(smallest().float(), tmp_path / "small.model")
     flags = [*train_flags, f"--foundation_model={tmp_path / 'small.model'}", "--lora=True"]
     models, logs = [], []
