@@ -41,8 +41,9 @@ class Shape:
         """The shape that holds so many, with room for one fake structure of one atom."""
         return cls(_round_up(edges), atoms + 1, structures + 1)
 
-    def holds(self, data: Data) -> bool:
-        edges, atoms, structures = sizes(data)
+    def holds(self, real: tuple[int, int, int]) -> bool:
+        """Whether a batch of so many (edges, atoms, structures) can be padded to it."""
+        edges, atoms, structures = real
         return edges <= self.edges and atoms < self.atoms and structures < self.structures
 
 

@@ -66,11 +66,11 @@ class Resident:
         Raises:
             CannotServe: no shape holds them.
         """
-        real = tuple(sum(self.sizes[i][k] for i in indices) for k in range(3))
-        edges, atoms, structures = real
+        edges, atoms, structures = (sum(self.sizes[i][k] for i in indices) for k in range(3))
+        real = (edges, atoms, structures)
         for shape in self._shapes:
-            if edges <= shape.edges and atoms < shape.atoms and structures < shape.structures:
-                return ResidentBatch(self._padded(indices, shape, (edges, atoms, structures)))
+            if shape.holds(real):
+                return ResidentBatch(self._padded(indices, shape, real))
         raise CannotServe(f"no shape holds {structures} frames with {edges} edges")
 
     @torch.no_grad()

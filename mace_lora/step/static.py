@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mace_lora.step.base import CannotServe, Way, draws, modules_of
 from mace_lora.step.fusing import Fusion, check_cpu
-from mace_lora.step.padding import KEYS, Data, Padded, Shape, pad
+from mace_lora.step.padding import KEYS, Data, Padded, Shape, pad, sizes
 from mace_lora.step.tracing import PER_ATOM, Flags, Inputs
 
 # Modules that compute more from a batch than is in padding.KEYS
@@ -137,7 +137,8 @@ class _Model:
     def _shape_of(self, data: Data) -> Shape | None:
         if isinstance(data, Padded):
             return data.shape if data.shape in self.way.shapes else None
-        return next((s for s in self.way.shapes if s.holds(data)), None)
+        real = sizes(data)
+        return next((s for s in self.way.shapes if s.holds(real)), None)
 
     def _record(self, data: Padded, flags: Flags, training: bool) -> tuple[Recorded, Inputs]:
         key = (data.shape, flags, training)
