@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import ase.io
 import numpy as np
 import pytest
@@ -40,6 +43,25 @@ def test_it_is_a_plain_mace_model(model, tmp_path, frames):
 
 def test_symmetries(model, frames):
     assert max(symmetry_errors(model, frames, seed=0).values()) < 1e-10
+
+
+_FLOAT64_AFTER_FLOAT32 = """
+import ase.io, torch
+from mace.tools.cg import U_matrix_real
+U_matrix_real("1x0e + 1x1o + 1x2e", "1x0e + 1x1o", 3, dtype=torch.float32)  # kept in float32
+from mace_lora import load_foundation
+from mace_lora.testing import symmetry_errors
+load_foundation("mini", dtype=torch.float32)
+model = load_foundation("mini", dtype=torch.float64)
+print(max(symmetry_errors(model, [ase.io.read("{frame}")], seed=0).values()))
+"""
+
+
+def test_float64_is_exact_in_a_process_that_used_float32_before(frames, tmp_path):
+    ase.io.write(tmp_path / "frame.xyz", frames[0])
+    code = _FLOAT64_AFTER_FLOAT32.format(frame=tmp_path / "frame.xyz")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 1e-12
 
 
 def test_float32_is_the_same_model(model, frames):

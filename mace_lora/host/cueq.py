@@ -14,6 +14,7 @@ import torch
 from mace_lora.contractions import project
 from mace_lora.errors import ConfigError, UnsupportedUpstream
 from mace_lora.host import upstream
+from mace_lora.host.precision import exact_coefficients
 
 _Transfer = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
 # Largest relative difference between mace-torch's converted weights and ours
@@ -27,6 +28,7 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
         ConfigError: mace-torch can't convert this model.
         UnsupportedUpstream: it converts contractions in a way that is not known.
     """
+    exact_coefficients()
     matrices: dict[str, torch.Tensor] = {}
     original = upstream.original("transfer_contractions")
 
@@ -58,6 +60,7 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
 @torch.no_grad()
 def convert_back(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     """A merged model of `convert` in e3nn's layout, with the very weights of its contractions."""
+    exact_coefficients()
     plain = upstream.original("from_cueq")(model, device=device)
     _same_parameters(plain, model)
     own = dict(model.named_parameters())

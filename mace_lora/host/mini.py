@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ import torch
 from e3nn import o3
 from mace import modules
 from safetensors.torch import load, save
+
+from mace_lora.host.precision import default_dtype
 
 FORMAT = 1
 WEIGHTS = "mini.safetensors"
@@ -40,17 +40,6 @@ _GATES = {
     "abs": torch.abs,
     None: None,
 }
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default precision, for as long as a model is built in it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def construct(architecture: dict[str, Any], dtype: torch.dtype) -> modules.ScaleShiftMACE:

@@ -13,7 +13,7 @@ import torch
 from mace_lora import artefact
 from mace_lora.errors import FoundationModelError, did_you_mean
 from mace_lora.host import mini, upstream
-from mace_lora.host.mini import default_dtype
+from mace_lora.host.precision import default_dtype
 
 MINI = "mini"
 _PARTS = ("r_max", "atomic_numbers", "node_embedding", "interactions", "products", "readouts")

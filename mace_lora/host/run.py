@@ -12,7 +12,7 @@ import torch
 
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError
-from mace_lora.host import checks, models, processes, stored, upstream, writing
+from mace_lora.host import checks, models, precision, processes, stored, upstream, writing
 from mace_lora.host.session import Session
 
 # Models that mace-torch builds from a foundation model
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     if args.lbfgs and options.accumulate > 1:
         raise ConfigError("--lbfgs takes all batches in one step: leave out --accumulate")
     foundation = _prepare(args)
+    precision.exact_coefficients()
     session = Session(args, config, foundation, options)
     substitutes = {**session.substitutes(), **_foundation_by_name(args, foundation)}
     with session.stop.watched(), upstream.substituted(substitutes), writing.explained():
