@@ -65,6 +65,18 @@ def model(build) -> torch.nn.Module:
     return build("residual")
 
 
+@pytest.fixture
+def base(build) -> torch.nn.Module:
+    """A foundation model for H, C, N, O."""
+    return build("foundation")
+
+
+@pytest.fixture
+def base_file(base, tmp_path) -> Path:
+    torch.save(base, tmp_path / "base.model")
+    return tmp_path / "base.model"
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> dict[str, str]:
     """Ten training, five validation and five test frames of ethanol, as files."""

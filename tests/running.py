@@ -115,3 +115,20 @@ def same_weights(one: Path, other: Path) -> bool:
     """Whether two `.model` files hold the same numbers, bit for bit."""
     a, b = (torch.load(p, weights_only=False).state_dict() for p in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tool_prints(capsys, command: str, *flags: str) -> str:
+    """What the command prints; it must succeed."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main_tools([command, *map(str, flags)])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def tool_fails(command: str, *flags: str) -> str:
+    """The message of a command that must fail with exit code 1."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main_tools([command, *map(str, flags)])
+    assert isinstance(stop.value.code, str)  # printed to stderr, exit code 1
+    assert stop.value.code.startswith("error: ")
+    return stop.value.code

@@ -140,6 +140,8 @@ class Speed:
         except CannotServe:
             return  # said once the first step is taken
         self._whole = WholeStep(recorder)
+        sets = valid_loaders.values()
+        self._kept = {id(v): [] for v in sets if _bytes_of(v.dataset) < _room(device)}
         needed = _bytes_of(loader.dataset)
         if needed > _room(device):
             logging.info(f"{needed / 1e9:.1f} GB of training frames stay with the loader")
@@ -149,8 +151,6 @@ class Speed:
             self._resident = Resident(frames, shapes, float(model.r_max), device, recorder)
         except CannotServe as reason:
             logging.info(f"Batches are collated by the loader: {reason}")
-        sets = valid_loaders.values()
-        self._kept = {id(v): [] for v in sets if _bytes_of(v.dataset) < _room(device)}
 
     # ------------------------------------------------------------------ steps and evaluations
 

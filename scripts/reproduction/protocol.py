@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mace_lora import load_foundation
-from mace_lora.adapters.registry import METHODS
+from mace_lora.adapters.registry import METHODS, get_method
 from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.host import upstream
 from reproduction.datasets import System
@@ -46,6 +46,12 @@ class Method:
     foundation: bool = True
 
 
+def preset(method: str, name: str) -> dict[str, Any]:
+    """The flags that a preset stands for: a run is known by its settings, not by their name."""
+    found = get_method(method).presets[name]
+    return {f"{method}_{k}": list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
 # With `mini` (64 thousand parameters) the defaults, made for 128 channels, are nothing like a few
 # per cent of the model. Chosen by validation errors on aspirin and acetylacetone; of full
 # fine-tuning's learning rates, 0.005 of the protocol was the best, too. `lora_tuned` has a quarter
@@ -54,18 +60,12 @@ STUDY = [
     Method(
         "lora_tuned",
         "lora, all layers, rank 6, alpha 6, lr 0.02",
-        {"adapter": "lora", "lora_rank": 6, "lora_alpha": 6.0, "lora_targets": ["all"], "lr": 0.02},
+        {"adapter": "lora", **preset("lora", "balanced"), "lr": 0.02},
     ),
     Method(
         "lora_max",
         "lora, all layers, rank 16, alpha 8, lr 0.02",
-        {
-            "adapter": "lora",
-            "lora_rank": 16,
-            "lora_alpha": 8.0,
-            "lora_targets": ["all"],
-            "lr": 0.02,
-        },
+        {"adapter": "lora", **preset("lora", "max-accuracy"), "lr": 0.02},
     ),
     Method(
         "upstream_tuned",
