@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -152,16 +153,27 @@ class Bench:
         table("How the cost of a step grows (float64, LoRA, rank 4)", columns, rows)
 
     def memory(self) -> None:
-        """Peak memory of processes that take three steps each."""
+        """Peak memory of processes that take three steps each, as batches grow."""
         rows = []
-        for name in (UPSTREAM, "eager", *(w for w in self.ways if w != "compile")):
-            command = [sys.executable, __file__, "--frames", self.args.frames, "--peak", name]
-            command += ["--device", self.args.device, "--channels", str(self.args.channels)]
-            command += ["--batch_size", str(self.args.batch_size[0])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            rows.append([name, f"{found['before']:.2f}", f"{found['peak']:.2f}"])
-        table("Memory of a process (GB)", ["way", "before the first step", "peak"], rows)
+        names = [UPSTREAM, "eager", *(w for w in self.ways if w != "compile")]
+        for n in sorted({*self.args.growth, self.args.batch_size[0]}):
+            found = [self._memory_of(name, n) for name in names]
+            rows.append([str(n), str(self.data(n, torch.float64).sizes()[0]), *found])
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+        title = "Memory of a process (GB): before the first step, and at the peak"
+        table(title, ["frames", "edges", *names], rows)
+
+    def _memory_of(self, name: str, n: int) -> str:
+        command = [sys.executable, __file__, "--frames", self.args.frames, "--peak", name]
+        command += ["--device", self.args.device, "--channels", str(self.args.channels)]
+        command += ["--growth", "--batch_size", str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == -signal.SIGKILL or "OutOfMemoryError" in done.stderr:
+            return "doesn't fit"
+        if done.returncode:
+            raise SystemExit(f"{name}, {n} frames: {done.stderr[-3000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        return f"{found['before']:.2f}, {found['peak']:.2f}"
 
     def peak(self, name: str) -> None:
         data = self.data(self.args.batch_size[0], torch.float64)
