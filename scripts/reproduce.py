@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     add("--config", type=Path, help="protocol; default configs/<data set>.yaml")
     add("--seeds", type=int, nargs="+", help="default: the seed of the protocol")
     add("--train_frames", type=int, nargs="+", help="default: those of the protocol")
-    add("--test_frames", type=int, help="evaluate at most so many of each test set")
+    add("--test_frames", type=int, help="evaluate so many of each test set, not all")
     add("--steps", type=int, help="optimiser steps, instead of the protocol's epochs")
     add("--only", default="", help="only runs with this text in their path")
     add("--dry_run", action="store_true", help="show what would be run")
@@ -82,7 +82,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
         args.config = args.config or protocol.CONFIGS / "study.yaml"
         args.adapter = args.adapter or "all"
         args.steps = args.steps or 500
-        args.test_frames = args.test_frames or 200
     if args.adapter is None:
         raise ConfigError(f"name what to run with --adapter=NAMES; known: all, {known}")
     args.foundation_model = args.foundation_model or "medium_off"

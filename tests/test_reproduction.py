@@ -178,6 +178,13 @@ def test_the_table_is_what_the_saved_models_predict(tmp_path, data_dir):
     for name in ("learning_curves_rmd17_ethanol", "error_against_frames_rmd17_ethanol_MD"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
+    printed = run(*arguments, "--steps=4", "--test_frames=4", "--only=n10")
+    assert "(was finished)" not in printed  # evaluated again, on other frames
+    assert all(p.stat().st_mtime_ns == t for p, t in written.items() if p.name == "run.model")
+    results = json.loads((tmp_path / "table.json").read_text())
+    rows = [r for r in results if (r["method"], r["train_frames"]) == ("lora", 10)]
+    assert {r["errors"]["MD"]["frames"] for r in rows} == {4}
+
 
 def check_row(row: dict, lines: list[str], folder: Path) -> None:
     """A row of the table, as JSON and as text, against the run's files."""

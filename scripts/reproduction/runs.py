@@ -73,6 +73,8 @@ class Run:
 def execute(run: Run, command: Callable[..., None] | None = None) -> tuple[dict[str, Any], bool]:
     """The result of a run, and whether anything had to be done for it.
 
+    A finished run that was evaluated on another number of test frames is evaluated again.
+
     Raises:
         ConfigError: its folder holds a run with other settings.
         RunFailed: the training command failed.
@@ -82,7 +84,9 @@ def execute(run: Run, command: Callable[..., None] | None = None) -> tuple[dict[
     _claim(run, config)
     result = run.folder / "result.json"
     if result.exists():
-        return json.loads(result.read_text()), False
+        found = json.loads(result.read_text())
+        if found.get("test_frames", -1) == run.test_frames:
+            return found, False
     if not (run.folder / "trained.json").exists():
         _train(run, command or call)
     found = evaluate(run)
@@ -207,6 +211,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "foundation_model": run.settings.get("foundation_model"),
         "train_frames": run.n_train,
+        "test_frames": run.test_frames,
         "settings": run.settings,
         "trainable_parameters": trainable(run.folder),
         "steps": steps_until(run.n_train, run.settings, _last_epoch(run.folder)),
