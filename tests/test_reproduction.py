@@ -231,6 +231,21 @@ def test_an_interrupted_run_is_continued(tmp_path, data_dir):
 
 
 @pytest.mark.slow
+def test_an_interrupted_baseline_starts_over(tmp_path, data_dir):
+    """mace-torch's own restart would end elsewhere."""
+    arguments = command(data_dir, tmp_path, "--adapter=full", "--train_frames=5", "--steps=3")
+    run(*arguments)
+    (path,) = tmp_path.glob("runs/*/*/*/result.json")
+    straight = json.loads(path.read_text())
+    path.unlink()
+    (path.parent / "trained.json").unlink()  # as if it had been stopped after its last checkpoint
+    run(*arguments)
+    again = json.loads(path.read_text())
+    assert again["errors"] == straight["errors"]
+    assert not again["resumed"]
+
+
+@pytest.mark.slow
 def test_baselines_start_at_the_labels_where_all_elements_are_the_foundations(tmp_path):
     """There mace-torch throws its estimated E0s away, which would make the comparison unfair."""
     uracil = datasets.System("rmd17", "uracil")

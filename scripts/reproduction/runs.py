@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -145,6 +146,11 @@ def training_frames(run: Run) -> list[ase.Atoms]:
 
 def _train(run: Run, command: Callable[..., None]) -> None:
     resumed = any((run.folder / "checkpoints").glob("*.pt"))
+    if resumed and "adapter" not in run.settings:
+        # mace-torch's own restart repeats an epoch and loses the averages: errors can double
+        for name in ("checkpoints", "results", "logs"):
+            shutil.rmtree(run.folder / name, ignore_errors=True)
+        resumed = False
     program = _UPSTREAM if run.method.upstream else _OURS
     start = time.time()
     command(
