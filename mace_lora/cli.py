@@ -134,7 +134,8 @@ def _adapter(
         )
     if "lora" in given and not args.lora and method == "lora":
         raise ConfigError("--lora=False contradicts --adapter=lora: give one of them")
-    method = method or ("lora" if args.lora else None)
+    if method is None and args.lora:
+        method = "lora"
     begun = _method_of(start) if start else None
     if begun and method is None:
         method = begun.method

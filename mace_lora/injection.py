@@ -12,7 +12,7 @@ from mace_lora.adapters.low_rank import FullUpdate
 from mace_lora.adapters.registry import get_method
 from mace_lora.blocks import Skipped, find_sites
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, NoLayerMatched
 from mace_lora.report import AdaptedLayer, InjectionReport
 from mace_lora.selection import biases, check_patterns, saved_in_full, select
 
@@ -86,6 +86,8 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
             Skipped(s.name, s.weight.numel(), "excluded") for s in chosen if s.name in excluded
         ]
         chosen = [s for s in chosen if s.name not in excluded]
+    if not chosen and not in_full:
+        raise NoLayerMatched(f"exclude={' '.join(options.exclude)} leaves nothing to train")
     check_patterns(options.layer_patterns(), chosen)
     in_full |= biases(model, options.bias, chosen)
     made = [(s, method.make(s, options.for_layer(s.name))) for s in chosen]

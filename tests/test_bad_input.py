@@ -294,3 +294,72 @@ def test_more_processes_than_gpus(message, monkeypatch):
     text = message("--device=cuda")
     assert "2 processes on this machine, and 1 GPU" in text
     assert "torchrun --nproc_per_node=1" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--lr=-0.1", "--lr=-0.1: a finite number above 0"),
+        ("--lr=nan", "--lr=nan: a finite number above 0"),
+        ("--batch_size=0", "--batch_size=0: 1 or more"),
+        ("--valid_batch_size=-1", "--valid_batch_size=-1: 1 or more"),
+        ("--max_num_epochs=0", "--max_num_epochs=0: 1 or more"),
+        ("--patience=0", "--patience=0: 1 or more"),
+        ("--eval_interval=0", "--eval_interval=0: 1 or more"),
+        ("--seed=-1", "--seed=-1: 0 or more"),
+        ("--weight_decay=-1", "--weight_decay=-1.0: a finite number, 0 or more"),
+        ("--ema_decay=2", "--ema_decay=2.0: a number from 0 to 1"),
+        ("--clip_grad=0", "--clip_grad=0.0: a number above 0, or None"),
+        ("--name=a/b", "--name=a/b: files are called by it"),
+        ("--loss=dipole", "--loss=dipole is for models of dipoles alone"),
+        ("--adapter=", "unknown adapter ''"),
+    ],
+)
+def test_values_with_which_nothing_can_be_trained(message, flag, expected):
+    """mace-torch divides by zero, or trains nothing and says it is done."""
+    assert expected in message(flag, "--lora=False" if flag == "--adapter=" else "--lora=True")
+
+
+def test_targets_that_are_all_excluded(message):
+    text = message("--lora_targets", "linear", "--lora_exclude", "linear")
+    assert "exclude=linear leaves nothing to train" in text
+
+
+@pytest.mark.parametrize(
+    ("E0s", "expected"),
+    [
+        ("avrage", "can't be used"),
+        ("nowhere.json", "No such file"),
+        ("{'H': -13.6, 'C': -1027.0, 'O': -2041.0}", "by atomic number"),
+        ("{1: -13.6, 6: -1027.0}", "gives no energy for O (8)"),
+        ("{1: 1e999, 6: -1027.0, 8: -2041.0}", "the energy of H (1) is not finite"),
+    ],
+)
+def test_e0s_that_are_none(message, E0s, expected):
+    text = message(f"--E0s={E0s}")
+    assert f"--E0s={E0s}" in text
+    assert expected in text
+
+
+def test_isolated_atoms_of_some_elements(message, files):
+    atom = ase.Atoms("H", positions=[[0, 0, 0]])
+    atom.info |= {"config_type": "IsolatedAtom", "REF_energy": -13.6}
+    atom.arrays["REF_forces"] = np.zeros((1, 3))
+    files["train"].append(atom)
+    text = message()
+    assert "isolated atoms" in text
+    assert "6" in text
+
+
+def test_a_head_that_the_foundation_model_lacks(message, tmp_path, build):
+    torch.save(build("two_heads_biased_readout"), tmp_path / "two.model")
+    text = message("--foundation_model=two.model", "--foundation_head=head3")
+    assert "--foundation_model=two.model has no head 'head3'" in text
+    assert "head0, head1" in text
+
+
+def test_interactions_that_mace_torch_can_not_copy(message, tmp_path, build):
+    torch.save(build("attention"), tmp_path / "attention.model")
+    text = message("--foundation_model=attention.model")
+    assert "--foundation_model=attention.model: mace-torch can't start a fine-tuning" in text
+    assert "no attribute 'skip_tp'" in text

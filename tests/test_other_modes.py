@@ -132,3 +132,11 @@ def test_weight_decay_reaches_every_adapter_parameter_and_no_frozen_one(tmp_path
     assert changed >= len(states[1]) / 2  # the factors A; B starts at zero
     one, other = (load(tmp_path / f / "run.model").state_dict() for f in ("with", "without"))
     assert all(torch.equal(one[k], other[k]) for k in one)  # B is zero, and the base frozen
+
+
+def test_e0s_of_more_elements_than_the_run_has(small_data, foundation, tmp_path):
+    """mace-torch keeps them all, and fails in the model where their number is another."""
+    E0s = "--E0s={1: -13.6, 6: -1027.0, 7: -1485.0, 8: -2041.0}"
+    assert here(tmp_path, *short_run(small_data, foundation, E0s, "--max_num_epochs=1")) == ""
+    model = torch.load(tmp_path / "run.model", weights_only=False)
+    assert model.atomic_energies_fn.atomic_energies.flatten().tolist() == [-13.6, -1027.0, -2041.0]

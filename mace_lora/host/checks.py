@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import importlib.util
+import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,27 @@ from mace_lora.host import processes, stored, upstream
 from mace_lora.host.frames import XyzFrames, check, symbols
 
 _FOUNDATION = "the foundation model"
+# Flags of mace-torch's whose values it takes as they are: what they must be, in words
+_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
+    **dict.fromkeys(
+        ("batch_size", "valid_batch_size", "max_num_epochs", "patience", "eval_interval"),
+        (lambda n: n >= 1, "1 or more"),
+    ),
+    **dict.fromkeys(("lr", "swa_lr"), (lambda x: 0 < x < math.inf, "a finite number above 0")),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    "ema_decay": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "lr_factor": (lambda x: 0 < x < 1, "a number between 0 and 1"),
+    "clip_grad": (lambda x: x is None or x > 0, "a number above 0, or None for no clipping"),
+}
+
+
+def numbers(args: argparse.Namespace) -> None:
+    """Raises ConfigError for a number with which nothing can be trained."""
+    for flag, (is_right, words) in _NUMBERS.items():
+        value = getattr(args, flag)
+        if not is_right(value):
+            raise ConfigError(f"--{flag}={value}: {words} is needed")
 
 
 def files_exist(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,22 @@ def _not_a_mace_model(model: Any) -> str | None:
     return None
 
 
-def check_rebuildable(model: torch.nn.Module, name: str) -> None:
-    """Raises FoundationModelError where mace-torch can't start a fine-tuning from `model`."""
+def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """Raises FoundationModelError where mace-torch can't start this fine-tuning from `model`."""
+    called, kind = f"--foundation_model={args.foundation_model}", type(model).__name__
     config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
     if "error" in config:
         raise FoundationModelError(
-            f"--foundation_model={name}: a {type(model).__name__}, from which mace-torch can't "
-            "start a fine-tuning: it takes ScaleShiftMACE, MACELES and PolarMACE"
+            f"{called}: a {kind}, from which mace-torch can't start a fine-tuning: it takes "
+            "ScaleShiftMACE, MACELES and PolarMACE"
+        )
+    if kind in ("MACELES", "PolarMACE") and args.model != kind:
+        raise FoundationModelError(f"{called}: a {kind}; give --model={kind} too")
+    heads = getattr(model, "heads", None) or []
+    if args.foundation_head is not None and len(heads) > 1 and args.foundation_head not in heads:
+        raise FoundationModelError(
+            f"{called} has no head {args.foundation_head!r} (--foundation_head); "
+            f"{did_you_mean(args.foundation_head, heads)}"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError
 from mace_lora.host import checks, models, precision, processes, stored, upstream, writing
+from mace_lora.host.energies import gaps_told
 from mace_lora.host.session import Session
 
 # Models that mace-torch builds from a foundation model
@@ -49,7 +50,12 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     precision.exact_coefficients()
     session = Session(args, config, foundation, options)
     substitutes = {**session.substitutes(), **_foundation_by_name(args, foundation)}
-    with session.stop.watched(), upstream.substituted(substitutes), writing.explained():
+    with (
+        session.stop.watched(),
+        upstream.substituted(substitutes),
+        writing.explained(),
+        gaps_told(),
+    ):
         script.run(args)
     session.say_what_was_done()
 
@@ -62,6 +68,7 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
             "(mini, medium_off, ..., or a .model file)"
         )
     _refuse_contradictions(args)
+    checks.numbers(args)
     checks.optional_packages(args)
     processes.settle(args)
     checks.files_exist(args)
@@ -70,7 +77,7 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
     if models.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
         foundation = models.load(args.foundation_model, _device(args), dtype)
-        models.check_rebuildable(foundation, args.foundation_model)
+        models.check_rebuildable(foundation, args)
     checks.folders_writable(args)
     checks.known_elements(args, foundation)
     if args.E0s is None and args.heads is None and args.statistics_file is None:
@@ -101,6 +108,15 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--model={args.model}: mace-torch starts such a model from random numbers, whatever "
             "--foundation_model says, and an adapter freezes them so; leave --model out"
+        )
+    if not args.name or "/" in args.name:
+        raise ConfigError(
+            f"--name={args.name}: files are called by it, so it can't be empty or hold a /; for "
+            "another folder give --work_dir"
+        )
+    if args.loss == "dipole":
+        raise ConfigError(
+            "--loss=dipole is for models of dipoles alone, which can't be adapted by this command"
         )
     if not args.foundation_filter_elements:
         raise ConfigError(

@@ -22,9 +22,10 @@ import torch
 from mace_lora import artefact
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig, RunOptions
-from mace_lora.errors import ArtefactError
+from mace_lora.errors import ArtefactError, FoundationModelError, MaceLoraError
 from mace_lora.fingerprint import fingerprint
 from mace_lora.host import checks, cueq, frames, models, processes, reporting, stored, upstream
+from mace_lora.host.energies import AtomicEnergies
 from mace_lora.host.order import FrameOrder
 from mace_lora.host.saving import Saving
 from mace_lora.host.signals import StopRequest
@@ -63,6 +64,7 @@ class Session:
         self.injected: InjectionReport | None = None
         self.stop = StopRequest()
         self.files: list[str] = []  # that frames were read from
+        self.energies = AtomicEnergies()
         self.training = Training(
             args,
             title=f"{args.name}: {config.method}",
@@ -100,6 +102,8 @@ class Session:
             ),
             "json": SimpleNamespace(load=stored.read_statistics, dumps=json.dumps),
             "split": checks.split,
+            "atomic_energies": self.energies.read,
+            "energies_as_array": self.energies.as_array,
             "estimate_e0s": self.estimate_e0s,
             "avg_num_neighbors": self.avg_num_neighbors,
             "init_distributed": processes.init,
@@ -182,8 +186,18 @@ class Session:
         foundation's E0s over those that were asked for (a state-dict copy by equal shape).
         """
         original = upstream.original("configure_model")
-        model, outputs = original(args, *rest, **keywords)
-        train_loader, energies, foundation = rest[:3]
+        train_loader, energies, foundation, _, table = rest[:5]
+        energies = self.energies.of_elements(energies, table.zs)
+        rest = (train_loader, energies, *rest[2:])
+        try:
+            model, outputs = original(args, *rest, **keywords)
+        except MaceLoraError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise FoundationModelError(
+                f"--foundation_model={args.foundation_model}: mace-torch can't start a fine-tuning "
+                f"from this model: {type(error).__name__}: {error}"
+            ) from error
         self.saving.base = {
             "name": str(args.foundation_model),
             "head": args.foundation_head,

@@ -78,6 +78,8 @@ NAMES: dict[str, Name] = {
     "load_stored": Name(_RUN, "load_dataset_for_path", ("file_path", "z_table", "head_config")),
     "graph_of_lmdb": Name("mace.data.lmdb_dataset", "AtomicData", None),
     "split": Name("mace.data", "random_train_valid_split", ("items", "valid_fraction", "seed")),
+    "atomic_energies": Name(_RUN, "get_atomic_energies", ("E0s", "train_collection", "z_table")),
+    "energies_as_array": Name(_RUN, "dict_to_array", ("input_data", "heads")),
     "estimate_e0s": Name("mace.data", "estimate_e0s_from_foundation", ("foundation_model",)),
     "save": Name("torch", "save", ("obj", "f")),
     "jit_save": Name("torch.jit", "save", ("m", "f")),
