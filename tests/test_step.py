@@ -15,6 +15,7 @@ from mace_lora.config import AdapterConfig
 from mace_lora.host.models import frames_to_batch
 from mace_lora.injection import adapter_parameters, inject
 from mace_lora.merging import merge
+from mace_lora.step import library
 from mace_lora.step.base import Way
 from mace_lora.step.fusing import Eager, Fused
 from mace_lora.testing import outputs, randomise_, worst
@@ -205,3 +206,15 @@ def test_a_way_follows_a_cast(model, frames):
     batch = frames_to_batch(frames, model)
     expected, found = step(Way(), model, batch), step(way, model, batch)
     assert differs(expected[1], found[1]) < 1e-4
+
+
+def test_a_cache_that_can_not_be_written_to(tmp_path, monkeypatch, caplog):
+    """As in a container whose home is read-only: the run needs a place all the same."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MACE_LORA_CACHE", str(tmp_path / "file" / "cache"))
+    folder = library.cache_folder()
+    (folder / "kernel.so").write_text("")
+    assert library.cache_folder() == folder  # the same one throughout the process
+    assert folder.stat().st_mode & 0o077 == 0  # what is loaded from it can't be another user's
+    assert caplog.text.count("file/cache can't be written to") == 1
+    assert "MACE_LORA_CACHE" in caplog.text

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from importlib import resources
 from pathlib import Path
 
@@ -27,13 +30,31 @@ class NoCompiler(MaceLoraError, RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept between runs: $MACE_LORA_CACHE, or ~/.cache/mace_lora."""
+    """Where compiled code is kept between runs: $MACE_LORA_CACHE, or ~/.cache/mace_lora.
+
+    Where that can't be written to, a folder of this process alone, removed at its end.
+    """
     named = os.environ.get("MACE_LORA_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(named) if named else Path(base) / "mace_lora"
-    folder = folder.expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        return _passing_folder(folder, str(error))
+
+
+@functools.cache
+def _passing_folder(instead_of: Path, reason: str) -> Path:
+    logging.warning(
+        f"{instead_of} can't be written to ({reason}): what is compiled is not kept for the next "
+        "run. Set MACE_LORA_CACHE to a folder that can"
+    )
+    folder = tempfile.mkdtemp(prefix="mace_lora-")  # its own: what lies in /tmp could be anyone's
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def compiler() -> str:
@@ -53,14 +74,19 @@ def load() -> ctypes.CDLL:
     """The library of the kernels, from the cache or built now (some seconds).
 
     Raises:
-        NoCompiler: there is no compiler, or it fails.
+        NoCompiler: there is no compiler, it fails, or there is no place for what it makes.
     """
     source = resources.files("mace_lora.step").joinpath("csrc/products.cpp").read_text()
     key = hashlib.sha256("\n".join([source, *_FLAGS, compiler(), _processor()]).encode())
     path = cache_folder() / f"products-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        _build(source, path)
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            _build(source, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # disk full, a folder from which nothing may be run, ...
+        raise NoCompiler(
+            f"the kernels can't be built or loaded in {path.parent}: {error}"
+        ) from error
 
 
 def _build(source: str, path: Path) -> None:
