@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import ase.io
+import numpy as np
 import pytest
 import torch
 
@@ -30,11 +31,22 @@ def ethanol(part: str, n: int) -> list[ase.Atoms]:
 
 
 @pytest.fixture(autouse=True)
-def _what_is_logged():
-    """A command run inside a test leaves the level of logging as it was."""
-    level = logging.getLogger().level
+def _as_if_alone(monkeypatch):
+    """What a command run inside a test changes in the process is put back: whichever tests run, in
+    whatever order, each starts with the same switches, log, folder and random numbers."""
+    root = logging.getLogger()
+    log = root.level, root.handlers[:], root.filters[:]
+    folder, default, environment = Path.cwd(), torch.get_default_dtype(), dict(os.environ)
+    torch.manual_seed(0)
+    np.random.seed(0)
     yield
-    logging.getLogger().setLevel(level)
+    monkeypatch.undo()  # before what follows, which would otherwise be undone by it
+    root.setLevel(log[0])
+    root.handlers[:], root.filters[:] = log[1:]
+    os.chdir(folder)
+    torch.set_default_dtype(default)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture

@@ -48,6 +48,26 @@ finally:
 """
 
 
+# The first process waits after its second step until a signal has come
+WAITING = """
+import os, time
+from mace_lora.host.training import Training
+take_step, taken = Training.take_step, []
+def waiting(self, **keywords):
+    result = take_step(self, **keywords)
+    taken.append(1)
+    end = time.monotonic() + 120
+    while len(taken) == 2 and os.environ["RANK"] == "0" and not self.stop:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return result
+Training.take_step = waiting
+from mace_lora.cli import main
+import sys
+main(sys.argv[2:])
+"""
+
+
 def launcher(*command: str) -> tuple[str, ...]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -124,7 +144,9 @@ def test_other_methods(tmp_path, flags, method):
 def test_stopped_by_torchrun_and_continued_by_one_process(tmp_path, flags, one):
     """Two processes with batches of two stop at a step; one with batches of four goes on."""
     more = [*flags, "--max_num_epochs=3", "--restart_latest"]
-    running = process(tmp_path, *more, "--batch_size=2", launcher=launcher("-m", "mace_lora"))
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    running = process(tmp_path, *more, "--batch_size=2", launcher=launcher(str(script)))
     wait_for_lines(running, tmp_path, 3)
     running.send_signal(signal.SIGTERM)
     running.wait()

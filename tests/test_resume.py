@@ -110,7 +110,7 @@ def test_sigkill_inside_an_epoch_that_was_saved_in_between(tmp_path, flags, whol
     """A checkpoint after every step here; the run goes on from the middle of its epoch."""
     flags = [*flags, "--max_num_epochs=6", "--restart_latest"]
     running = process(tmp_path, *flags, "--checkpoint_seconds=0")
-    wait_for_lines(running, tmp_path, random.randint(8, 25))
+    wait_for_lines(running, tmp_path, random.randint(8, 12))
     at = {"steps": 0}
     while at["steps"] == 0:  # not just after an epoch
         running.send_signal(signal.SIGCONT)

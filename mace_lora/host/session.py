@@ -236,10 +236,15 @@ class Session:
         logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
         if abs(offset) > LARGE_OFFSET:
             source = f"--E0s={args.E0s}" if args.statistics_file is None else args.statistics_file
+            advice = (
+                "are the labels of all frames (of each head) of one kind, in eV?"
+                if args.E0s == "estimated"
+                else "use --E0s=estimated (with .xyz files), which fits the E0s to what the "
+                "foundation model leaves over"
+            )
             logging.warning(
                 f"{source} starts {offset:+.2f} eV per atom away from the labels, and a "
-                "low-rank adapter hardly moves such an offset: use --E0s=estimated (with .xyz "
-                "files), which fits the E0s to what the foundation model leaves over"
+                f"low-rank adapter hardly moves such an offset: {advice}"
             )
 
     def inject(self, model: torch.nn.Module, rank: int = 0, alpha: float = 0) -> torch.nn.Module:
