@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -181,9 +182,17 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def _printable() -> None:
+    """Let a terminal without Å or a bar's blocks show their codes, rather than end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`mace_run_train`: upstream's command, with adapters."""
     _quiet()
+    _printable()
     from mace_lora.host.run import run
 
     try:
@@ -209,6 +218,7 @@ def _usage() -> str:
 
 def main_tools(argv: Sequence[str] | None = None) -> None:
     """`mace_lora COMMAND`, also `python -m mace_lora COMMAND`."""
+    _printable()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv else "--help"
     if command in ("-h", "--help"):

@@ -33,7 +33,7 @@ import torch
 
 from mace_lora.errors import CheckpointError
 from mace_lora.files import whole_file
-from mace_lora.host import identity, upstream
+from mace_lora.host import identity, upstream, writing
 from mace_lora.injection import adapter_parameters
 
 FORMAT = 1
@@ -112,8 +112,8 @@ class Checkpoints:
             else "No checkpoint of this run had been written before"
         )
         return CheckpointError(
-            f"checkpoint {path} can't be written: {error}. {kept}; nothing else was touched. "
-            "Make room or mend the folder, then continue with --restart_latest"
+            f"checkpoint {path} can't be written: {writing.reason(error)}. {kept}; nothing else "
+            "was touched. Make room or mend the folder, then continue with --restart_latest"
         )
 
     def _identity(self, loop: Any) -> dict[str, Any]:

@@ -118,7 +118,8 @@ class Session:
             WriteError: a file that upstream goes on without could not be written.
         """
         if self.training.history:
-            logging.info(f"Validation, before -> after: {self.training.history.summary()}")
+            errors = self.training.history.summary().replace("Å", "A")  # the log may be ASCII
+            logging.info(f"Validation, before -> after: {errors}")
         self._write_page()
         for file, meaning in self.saving.what_was_left().items():
             logging.info(f"  {file}: {meaning}")

@@ -30,6 +30,13 @@ _REMEDY = (
 )
 
 
+def reason(error: Exception) -> str:
+    """Why a write failed; torch gives the line of its own source where one was cut short."""
+    if "inline_container" in str(error) or "iostream" in str(error):
+        return "writing was cut short, as by a full disk, a quota or a limit of file size"
+    return str(error)
+
+
 @contextlib.contextmanager
 def explained(path: str | Path | None = None) -> Iterator[None]:
     """
@@ -48,7 +55,7 @@ def explained(path: str | Path | None = None) -> Iterator[None]:
         if path is None and getattr(error, "errno", None) not in _OUTSIDE:
             raise
         name = path or getattr(error, "filename", None) or "a file"
-        raise WriteError(f"{name} can't be written: {error}. {_REMEDY}") from error
+        raise WriteError(f"{name} can't be written: {reason(error)}. {_REMEDY}") from error
 
 
 def save_whole(obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
