@@ -312,6 +312,8 @@ def test_more_processes_than_gpus(message, monkeypatch):
         ("--clip_grad=0", "--clip_grad=0.0: a number above 0, or None"),
         ("--name=a/b", "--name=a/b: files are called by it"),
         ("--loss=dipole", "--loss=dipole is for models of dipoles alone"),
+        ("--heads={'A': ", "--heads={'A': : a table of tables is needed"),
+        ("--heads=['A']", "--heads=['A']: a table of tables is needed"),
         ("--adapter=", "unknown adapter ''"),
     ],
 )

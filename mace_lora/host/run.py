@@ -69,6 +69,7 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
         )
     _refuse_contradictions(args)
     checks.numbers(args)
+    checks.heads(args)
     checks.optional_packages(args)
     processes.settle(args)
     checks.files_exist(args)
