@@ -55,9 +55,19 @@ def merge_lora_weights(model: torch.nn.Module, inplace: bool = True) -> torch.nn
 
 
 def load_foundation(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
-    """The foundation model `mini`, or one from a `.model` file; see `host.models.load`."""
+    """A foundation model, to `inject` adapters into.
+
+    Args:
+        name: `mini`, a name that mace-torch downloads (`medium_off`, ...), or a `.model` file. A
+            file is a pickle, which can run code: open only those you trust.
+        device: where to put it.
+        dtype: torch.float32 or torch.float64; None keeps the file's (for `mini`, torch's default).
+
+    Raises:
+        FoundationModelError: no such file or name, or the file holds no MACE model.
+    """
     from mace_lora.host import models
 
     return models.load(name, device, dtype, flag="")
@@ -80,12 +90,13 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     artefact.write(folder, config, adapter_parameters(model), base, description)
 
 
-def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Module:
+def load_adapter(base: torch.nn.Module | str | Path, folder: str | Path) -> torch.nn.Module:
     """Base model and adapter directory to an adapted model; `merge` makes it a plain one.
 
     Args:
-        base: the foundation model (or `mini`, or a `.model` file) that the adapter was trained
-            from, or the model that the training run started from; it is not changed.
+        base: the foundation model that the adapter was trained from (as a model, which is not
+            changed, or by name or file as in `load_foundation`), or the model that the training
+            run started from.
         folder: written by `save_adapter` or by a training run.
 
     Returns:
@@ -93,17 +104,15 @@ def load_adapter(base: torch.nn.Module | str, folder: str | Path) -> torch.nn.Mo
 
     Raises:
         ArtefactError: the directory is broken, or belongs to another base model.
+        FoundationModelError: there is no such base model.
     """
     from mace_lora.host import models
 
     content = artefact.read(folder)
     # in the precision of the run before anything is computed, as the run itself did
     dtype = getattr(torch, content.model["dtype"])
-    if isinstance(base, str):
-        base = models.load(base, dtype=dtype, flag="")
-    else:
-        base = deepcopy(base).to(dtype)
-    model = models.one_head(base, content.base.get("head"))
+    model = models.given(base, dtype=dtype)
+    model = models.one_head(deepcopy(model) if model is base else model, content.base.get("head"))
     found = fingerprint(model)
     if found == content.model.get("fingerprint"):
         models.restore_constants(model, content.model)

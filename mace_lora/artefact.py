@@ -101,6 +101,10 @@ def read(folder: str | Path) -> Artefact:
     Raises:
         ArtefactError: a file is missing, unreadable, of a newer format, or has unknown keys.
     """
+    if not isinstance(folder, (str, Path)):
+        raise ArtefactError(
+            f"an adapter is named by the path of its directory, found {type(folder).__name__}"
+        )
     folder = Path(folder)
     if folder.is_file():
         raise ArtefactError(f"{folder} is a file; an adapter is a directory with {CONFIG} in it")

@@ -24,7 +24,8 @@ class MaceLoraCalculator(Calculator):
     """Energies (eV), forces (eV/A), stress (eV/A^3): what `MACECalculator` gives on merged models.
 
     Args:
-        base: the foundation model, `mini`, or a `.model` file; it is read once.
+        base: the foundation model (as a model, or by name or file as in `load_foundation`); it is
+            read once.
         adapter: a directory, or several for a committee (mean, and `energy_var`, `forces_comm`,
             `stress_var` among the results), or None for the base model itself.
         device: cpu, cuda, ...
@@ -33,7 +34,9 @@ class MaceLoraCalculator(Calculator):
 
     Raises:
         ArtefactError: an adapter is broken or belongs to another base.
-        ConfigError: the adapters of a committee are for different elements or heads.
+        ConfigError: no such device or precision, or the adapters of a committee are for different
+            elements or heads.
+        FoundationModelError: there is no such base model.
 
     `set_adapter` chooses another adapter later; those used before are kept, so that going back and
     forth costs nothing.
@@ -41,14 +44,15 @@ class MaceLoraCalculator(Calculator):
 
     def __init__(
         self,
-        base: torch.nn.Module | str,
+        base: torch.nn.Module | str | Path,
         adapter: Choice = None,
         device: str = "cpu",
         default_dtype: str = "",
         **keywords: Any,
     ) -> None:
         super().__init__()
-        self.base = models.load(base, device, flag="base") if isinstance(base, str) else base
+        _check_settings(device, default_dtype)
+        self.base = models.given(base, device, flag="base")
         self._settings = {"device": device, "default_dtype": default_dtype, **keywords}
         self._merged: dict[Path | None, torch.nn.Module] = {}
         self._calculators: dict[tuple[Path | None, ...], Calculator] = {}
@@ -73,7 +77,7 @@ class MaceLoraCalculator(Calculator):
             self._calculators[key] = calculator(models=committee, **settings)
         self._current = self._calculators[key]
         self.adapter = adapter
-        self.implemented_properties = list(self._current.implemented_properties)
+        self.implemented_properties = list(dict.fromkeys(self._current.implemented_properties))
         self.reset()
 
     def _model(self, folder: Path | None) -> torch.nn.Module:
@@ -111,6 +115,18 @@ class MaceLoraCalculator(Calculator):
                 f"the model knows {names[0]}, the atoms hold {names[1]} too (an adapter is for the "
                 "elements that its run was trained on)"
             )
+
+
+def _check_settings(device: str, default_dtype: str) -> None:
+    """Raises ConfigError where torch has no such device or MACE no such precision."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r}: cpu or cuda is expected ({error})") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+    if default_dtype not in ("", "float32", "float64"):
+        raise ConfigError(f"default_dtype={default_dtype!r}: float32 or float64 is needed")
 
 
 def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:

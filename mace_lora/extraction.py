@@ -65,8 +65,8 @@ class Extraction:
 
 
 def extract(
-    base: torch.nn.Module | str,
-    finetuned: torch.nn.Module | str,
+    base: torch.nn.Module | str | Path,
+    finetuned: torch.nn.Module | str | Path,
     config: AdapterConfig | None = None,
     head: str | None = None,
 ) -> Extraction:
@@ -87,13 +87,10 @@ def extract(
         ConfigError: the method has no best adapter that could be computed (only lora and elora do).
     """
     config = config or AdapterConfig.create("lora", targets=("all",))
-    base_name = base if isinstance(base, str) else None
-    if isinstance(finetuned, str):
-        finetuned = models.load(finetuned, flag="finetuned")
+    base_name = None if isinstance(base, torch.nn.Module) else str(base)
+    finetuned = models.given(finetuned, flag="finetuned")
     dtype = next(finetuned.parameters()).dtype
-    if isinstance(base, str):
-        base = models.load(base, dtype=dtype, flag="base")
-    base = models.one_head(deepcopy(base).to(dtype), head)
+    base = models.one_head(deepcopy(models.given(base, dtype=dtype, flag="base")), head)
     start_description = models.describe(finetuned)
     start, wanted = _start(base, finetuned, start_description)
     base_description = {

@@ -17,8 +17,21 @@ from mace_lora.report import AdaptedLayer, InjectionReport
 from mace_lora.selection import biases, check_patterns, saved_in_full, select
 
 
+def check_model(model: object) -> None:
+    """Raises ConfigError unless `model` is a torch module, such as a name or a path of one."""
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"a model is needed, found {model!r}: load one with load_foundation or load_adapter"
+        )
+
+
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Every adapter in `model` with the name of the weight it changes, in model order."""
+    """Every adapter in `model` with the name of the weight it changes, in model order.
+
+    Raises:
+        ConfigError: `model` is no torch module.
+    """
+    check_model(model)
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
             yield plain_name(path).removesuffix(".weight"), module
@@ -61,12 +74,20 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
     Returns:
         What was adapted, what was not and why, and the parameter counts before and after.
 
+    An adapted model can be copied with `deepcopy`, trained, and moved to another device or
+    precision. torch doesn't pickle it: write it with `save_adapter`, or `merge` it first.
+
     Raises:
-        ConfigError: the model carries adapters already.
+        ConfigError: the model carries adapters already, or an argument is of a wrong type.
         NoLayerMatched: a target matches no layer.
     """
     if any(True for _ in adapters(model)):
         raise ConfigError("the model carries adapters already; merge them before injecting others")
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(
+            f"an AdapterConfig is needed, found {config!r}: make one with "
+            'AdapterConfig.create("lora", rank=8)'
+        )
     before = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = get_method(config.method)
     sites, skipped = find_sites(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mace_lora import artefact
 from mace_lora.api import load_adapter
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.fingerprint import fingerprint
-from mace_lora.injection import inject
+from mace_lora.injection import check_model, inject
 from mace_lora.merging import changes, check_mergeable, unload
 
 _CONSTANTS = ("atomic_energies", "scale", "shift")
@@ -37,6 +38,7 @@ def set_adapter(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
     """
     from mace_lora.host import models
 
+    check_model(model)
     content = artefact.read(folder)
     found, asked = fingerprint(model), content.model["fingerprint"]
     if found != asked or not _same_places(models.describe(model), content.model):
@@ -59,7 +61,7 @@ def _same_places(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def combine_adapters(
-    base: torch.nn.Module | str, weights: Mapping[str | Path, float]
+    base: torch.nn.Module | str | Path, weights: Mapping[str | Path, float]
 ) -> torch.nn.Module:
     """A plain model: the base plus the weighted sum of the updates of several adapters.
 
@@ -68,8 +70,8 @@ def combine_adapters(
     result as an adapter again, give it to `extract`.
 
     Args:
-        base: the foundation model that all of them were trained from; it is not changed.
-        weights: adapter directories and their weights.
+        base: the foundation model that all of them were trained from, as in `load_adapter`.
+        weights: adapter directories and their weights, `{"a_adapter": 0.5, "b_adapter": 0.5}`.
 
     Raises:
         ConfigError: no adapters, or weights that sum to zero where E0s, scale or shift differ.
@@ -79,9 +81,12 @@ def combine_adapters(
     from mace_lora.host import models
 
     if not weights or not isinstance(weights, Mapping):
-        raise ConfigError("nothing to combine: give a table of adapter directories and weights")
+        raise ConfigError(
+            "nothing to combine: give adapter directories with their weights, such as "
+            '{"a_adapter": 0.5, "b_adapter": 0.5}'
+        )
     for folder, weight in weights.items():
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not isinstance(weight, Real) or not math.isfinite(weight):
             raise ConfigError(f"the weight of {folder} must be a finite number, found {weight!r}")
     start, sums, descriptions = None, {}, []
     for folder, weight in weights.items():

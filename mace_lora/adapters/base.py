@@ -8,6 +8,7 @@ method are data on its class, asked by those who need them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -65,8 +66,15 @@ class AdapterOptions:
         self.check()
 
     def _check_texts(self, name: str) -> None:
-        """Make the option a tuple of non-empty texts, or raise ConfigError."""
+        """Make the option a tuple of non-empty texts, or raise ConfigError.
+
+        A dictionary stands for its `key=value`, as PEFT takes patterns.
+        """
         value = getattr(self, name)
+        if isinstance(value, Mapping):
+            value = [f"{key}={number}" for key, number in value.items()]
+        if not isinstance(value, Iterable):
+            raise ConfigError(f"{name}={value!r}: one or more non-empty texts are needed")
         texts = (value,) if isinstance(value, str) else tuple(value)
         object.__setattr__(self, name, texts)
         if not all(isinstance(t, str) and t for t in texts):

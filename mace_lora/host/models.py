@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,29 @@ def is_ours(name: str) -> bool:
     return name not in upstream_names()
 
 
+def given(
+    base: torch.nn.Module | str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    flag: str = "",
+) -> torch.nn.Module:
+    """A model that a caller names, or gives as it is; the arguments are those of `load`.
+
+    Returns:
+        The model itself where it is one already in this place and precision, or a new one.
+
+    Raises:
+        FoundationModelError: neither a model, nor a name or path of one.
+    """
+    if not isinstance(base, torch.nn.Module):
+        return load(base, device or "cpu", dtype, flag)
+    own = next(base.parameters())
+    fits = (dtype in (None, own.dtype)) and (device is None or torch.device(device) == own.device)
+    return base if fits else deepcopy(base).to(device=device, dtype=dtype)
+
+
 def load(
-    name: str,
+    name: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     flag: str = "foundation_model",
@@ -43,7 +65,7 @@ def load(
     """A foundation model: `mini`, one that mace-torch knows by name, or a `.model` file.
 
     Args:
-        name: a name or a path. A file is a pickle, which can run code: open only those you trust.
+        name: a name or path. A file is a pickle, which can run code: open only those you trust.
         device: where to put it.
         dtype: cast to this precision; None keeps the file's.
         flag: what messages call it; empty for its name alone.
@@ -51,6 +73,14 @@ def load(
     Raises:
         FoundationModelError: no such file or name, or the file holds no MACE model.
     """
+    if not isinstance(name, (str, Path)):
+        raise FoundationModelError(
+            f"a foundation model is named by a text or a path (mini, medium_off, a .model file), "
+            f"found {type(name).__name__}"
+        )
+    if dtype not in (None, torch.float32, torch.float64):
+        raise FoundationModelError(f"dtype={dtype!r}: torch.float32 or torch.float64 is needed")
+    name = str(name)
     if name == MINI:
         model = mini.build(dtype)
     elif is_ours(name):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,12 +18,18 @@ import torch
 
 from mace_lora.host import upstream
 
+_EMPTY_ANNOTATION = "The TorchScript type system doesn't support instance-level"
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default precision, for as long as a model is built in it."""
+    """torch's default precision, for as long as a model is built in it, and without the warnings.
+
+    TorchScript gives one for each of e3nn's layers, and nobody can act on it.
+    """
     exact_coefficients()
-    with _default(dtype):
+    with _default(dtype), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_EMPTY_ANNOTATION)
         yield
 
 
