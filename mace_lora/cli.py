@@ -15,6 +15,7 @@ from mace_lora.commands import COMMANDS
 from mace_lora.commands import run as run_command
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError, MaceLoraError, did_you_mean
+from mace_lora.printing import say
 
 _GROUP = "adapters (mace-lora)"
 _ABOUT = (
@@ -177,6 +178,7 @@ def _quiet() -> None:
     for message in (
         "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # set by mace-torch itself
         "The TorchScript type system doesn't support instance-level",  # e3nn
+        "'torch.load' received a zip file that looks like a TorchScript archive",
         "'pin_memory' argument is set as true",  # mace-torch's default, harmless without a GPU
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -212,7 +214,7 @@ def _usage() -> str:
     listed = "\n".join(lines)
     return (
         f"usage: mace_lora COMMAND ...\n\ncommands:\n{listed}\n\n"
-        "mace_lora COMMAND --help says more, with examples\n"
+        "mace_lora COMMAND --help says more, with examples"
     )
 
 
@@ -222,7 +224,7 @@ def main_tools(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv else "--help"
     if command in ("-h", "--help"):
-        print(_usage(), end="")
+        say(_usage())
     elif command == "train":
         main(argv)
     elif command == "doctor":

@@ -11,6 +11,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from mace_lora.printing import say
+
 PACKAGES = (
     *("mace-lora", "mace-torch", "torch", "e3nn", "cuequivariance-torch", "ase", "torch-ema"),
     *("h5py", "matscipy", "prettytable", "safetensors", "configargparse", "matplotlib", "numpy"),
@@ -128,25 +130,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
     options = parser.parse_args(argv)
     found = diagnose()
-    if options.json:
-        print(json.dumps(found, indent=2))
-    else:
-        _print(found)
+    say(json.dumps(found, indent=2) if options.json else _text(found))
     return 1 if found["problems"] else 0
 
 
-def _print(found: dict[str, Any]) -> None:
-    print(f"python {found['python']}")
-    for name, version in found["versions"].items():
-        print(f"  {name:<22} {version or 'missing'}")
+def _text(found: dict[str, Any]) -> str:
+    lines = [f"python {found['python']}"]
+    lines += [f"  {name:<22} {version or 'missing'}" for name, version in found["versions"].items()]
     whose = "mace-lora's" if found["command_is_ours"] else "NOT mace-lora's"
-    print(f"{COMMAND}: {found['command'] or 'not on the PATH'} ({whose})")
-    print(f"CUDA: {found['cuda']}")
-    print(f"cuequivariance: {found['cuequivariance']}")
-    print(f"fused CPU kernels: {found['kernels']}")
-    if found["problems"]:
-        print("Problems:")
-        for problem in found["problems"]:
-            print(f"  - {problem}")
-    else:
-        print("No problems found.")
+    lines += [
+        f"{COMMAND}: {found['command'] or 'not on the PATH'} ({whose})",
+        f"CUDA: {found['cuda']}",
+        f"cuequivariance: {found['cuequivariance']}",
+        f"fused CPU kernels: {found['kernels']}",
+    ]
+    if not found["problems"]:
+        return "\n".join([*lines, "No problems found."])
+    return "\n".join([*lines, "Problems:", *(f"  - {problem}" for problem in found["problems"])])

@@ -147,3 +147,9 @@ def test_what_is_taken_for_something_else_is_told(base, base_file, labelled, tmp
     assert "is for H C N O and" in failure("unmerge", *flags, tmp_path / "s.model")
     flags[0] = "--base"
     assert "the name of a file is needed" in failure("merge", *flags, tmp_path)
+
+
+def test_a_head_that_the_model_does_not_have(base_file, labelled):
+    """It was taken for the last head without a word."""
+    flags = ["--model", base_file, "--data", labelled, "--head", "Defualt"]
+    assert "--head=Defualt: the model has no such head" in failure("eval", *flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,36 @@ def test_exit_codes(base_file, tmp_path):
     status, message = code("mrege")
     assert status == 2
     assert "Did you mean 'merge'?" in message
+
+
+@pytest.mark.parametrize("flags", [("--help",), ("info", "mini", "--json")])
+def test_a_reader_who_has_seen_enough(flags):
+    """`mace_lora ... | head -1`: no traceback."""
+    command = [sys.executable, "-u", "-m", "mace_lora", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        message = process.stderr.read().decode()
+        process.wait()
+    assert process.returncode == 0
+    assert message == ""
+
+
+def test_a_full_disk_and_a_poor_terminal():
+    def code(place: str, encoding: str) -> tuple[int, str]:
+        with open(place, "wb") as out:
+            done = subprocess.run(
+                [sys.executable, "-m", "mace_lora", "info", "mini"],
+                stdout=out,
+                stderr=subprocess.PIPE,
+                check=False,
+                env={**os.environ, "PYTHONIOENCODING": encoding},
+            )
+        return done.returncode, done.stderr.decode()
+
+    status, message = code("/dev/full", "utf-8")
+    assert status == 1
+    assert message.startswith("error: the result can't be printed")
+    assert code(os.devnull, "ascii") == (0, "")
 
 
 # ---------------------------------------------------------------------------- info

@@ -13,6 +13,8 @@ import json
 import logging
 from collections.abc import Sequence
 
+from mace_lora.printing import say
+
 # name -> what it does, in a line
 COMMANDS = {
     "info": "what a model, a checkpoint or an adapter directory holds",
@@ -42,5 +44,5 @@ def run(name: str, argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.ERROR)  # mace-torch speaks of its loading
     data = module.run(options)
-    print(json.dumps(data, indent=2) if options.json else module.text(data))
+    say(json.dumps(data, indent=2) if options.json else module.text(data))
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from prettytable import PrettyTable
 
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.evaluation import KEYS
 from mace_lora.files import whole_file
 from mace_lora.host import models
@@ -37,6 +37,13 @@ def save(model: torch.nn.Module, path: str) -> None:
             torch.save(model, temporary)
     except OSError as error:
         raise ConfigError(f"--output={path} can't be written: {error}") from None
+
+
+def check_head(model: torch.nn.Module, head: str | None) -> None:
+    """Raises ConfigError where --head names a head that the model doesn't have."""
+    known = list(getattr(model, "heads", None) or ["Default"])
+    if head is not None and head not in known:
+        raise ConfigError(f"--head={head}: the model has no such head; {did_you_mean(head, known)}")
 
 
 def check_folder(path: str, flag: str) -> None:

@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.picture:
         common.check_folder(options.picture, "picture")
     compared = _models(options)
+    for model in compared.values():
+        common.check_head(model, options.head)
     known = [{int(z) for z in model.atomic_numbers} for model in compared.values()]
     files, left_out = zip(*(known_to(frames, known) for frames in files), strict=True)
     predictions: list[dict[str, Values]] = [{} for _ in files]
@@ -149,6 +151,6 @@ def _offsets(file: dict[str, Any]) -> list[str]:
     if not far:
         return []
     return [
-        f"energies of {', '.join(far)} are eV per atom away.",
-        "Do the labels count from other E0s? --fit_e0s takes that out",
+        f"The energies of {', '.join(far)} are off by more than 1 eV per atom:",
+        "do the labels use other E0s? --fit_e0s takes that out",
     ]

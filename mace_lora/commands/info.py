@@ -170,12 +170,12 @@ def _adapted(
 ) -> tuple[torch.nn.Module | None, str]:
     """The adapted model, if its base is at hand without a download, and a word about it."""
     if base is not None:
-        return load_adapter(base, folder), f"of the weights of {base}"
+        return load_adapter(base, folder), f"relative to the weights of {base}"
     name = content.base.get("name")
     if name != models.MINI and not (isinstance(name, str) and Path(name).is_file()):
-        return None, "unknown: name the base model with --base"
+        return None, "unknown: give the base model with --base"
     try:
-        return load_adapter(name, folder), f"of the weights of {name}"
+        return load_adapter(name, folder), f"relative to the weights of {name}"
     except MaceLoraError as error:
         return None, f"unknown: {error}"
 
@@ -191,6 +191,12 @@ def text(data: dict[str, Any]) -> str:
 
 def _elements(numbers: list[int]) -> str:
     return " ".join(chemical_symbols[z] for z in numbers)
+
+
+def _options(options: dict[str, Any]) -> str:
+    """Those that say something: not False, 0 or empty."""
+    said = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
+    return ", ".join(f"{k}={v}" for k, v in said.items() if v)
 
 
 def _bytes(number: int) -> str:
@@ -235,30 +241,27 @@ def _say_checkpoint(data: dict[str, Any]) -> str:
     ]
     if data["run"]:
         run, at = data["run"], data["run"]["progress"]
-        options = ", ".join(f"{k}={v}" for k, v in run["options"].items() if v)
+        options = _options(run["options"])
         lines += [
             f"  of a run with {run['method']} ({options}) on {run['base']['name']}",
             f"  at epoch {at['epoch']}, step {at['steps']}; validation loss "
             f"{at['initial_loss']:.4g} before training, {at['lowest_loss']:.4g} at the lowest",
         ]
-    lines += [f"  {key}: {value}" for key, value in data["numbers"].items()]
+    lines += [f"  {key}: {value}" for key, value in data["numbers"].items() if value is not None]
     lines += [
         f"  {key}: {part['tensors']} tensors, {part['values']:,} values"
         for key, part in data["parts"].items()
+        if part["tensors"]
     ]
     return "\n".join(lines)
 
 
 def _say_adapter(data: dict[str, Any]) -> str:
-    options = {
-        k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in data["options"].items()
-    }
-    options = ", ".join(f"{k}={v}" for k, v in options.items() if v)
     base, model = data["base"], data["model"]
     lines = [
         f"{data['path']}: an adapter of method {data['method']}, {data['parameters']:,} parameters "
         f"in {len(data['layers'])} layers, {_bytes(data['bytes'])}",
-        f"options: {options}",
+        f"options: {_options(data['options'])}",
         f"base model: {base.get('name') or 'without a name'} ({base.get('class')}), fingerprint "
         f"{base['fingerprint'][:12]}" + (f", head {base['head']}" if base.get("head") else ""),
         f"fine-tuned for {_elements(model['atomic_numbers'])}, heads {', '.join(model['heads'])}, "

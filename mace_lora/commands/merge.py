@@ -95,7 +95,9 @@ def _clusters(model: torch.nn.Module) -> list[Any]:
 
 
 def text(data: dict[str, Any]) -> str:
-    lines = [f"{data['output']}: {data['bytes'] / 1e6:.2f} MB, {data['weights_merged']} weights"]
+    lines = [
+        f"{data['output']}: {data['bytes'] / 1e6:.2f} MB, {data['weights_merged']} weights merged"
+    ]
     if data["largest_relative_difference"] is not None:
         lines.append(
             "proved on 4 random clusters; largest relative difference to base and adapter: "

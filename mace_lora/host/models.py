@@ -278,9 +278,18 @@ def restore_constants(model: torch.nn.Module, description: dict[str, Any]) -> No
 
 
 def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module:
-    """The model with only `head` of its heads, as mace-torch takes it for fine-tuning."""
-    if len(getattr(model, "heads", None) or []) <= 1:
+    """The model with only `head` of its heads, as mace-torch takes it for fine-tuning.
+
+    Raises:
+        FoundationModelError: it has several, and none of this name.
+    """
+    heads = list(getattr(model, "heads", None) or [])
+    if len(heads) <= 1:
         return model
+    if head is not None and head not in heads:
+        raise FoundationModelError(
+            f"the model has no head {str(head)!r}; {did_you_mean(str(head), heads)}"
+        )
     dtype = next(model.parameters()).dtype
     with default_dtype(dtype):
         return upstream.module("mace.tools.scripts_utils").remove_pt_head(model, head)
