@@ -65,7 +65,7 @@ def write(
     check_free(folder)
     content = {
         "format": FORMAT,
-        "versions": _versions(),
+        "versions": versions(),
         **config.to_json(),
         "base": base,
         "model": model,
@@ -224,5 +224,6 @@ def load_factors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> No
         parameter.copy_(tensors[name])
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages on which the numbers depend."""
     return {name: metadata.version(name) for name in ("mace-lora", "mace-torch", "torch", "e3nn")}

@@ -11,10 +11,13 @@ from typing import Any
 from mace_lora.files import whole_file
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff;
+       max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; }
 h2 { font-size: 1.15rem; border-bottom: 1px solid #d5dbe3; margin-top: 2rem; }
+p, li { overflow-wrap: anywhere; }
+div { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
 .name { white-space: nowrap; }
@@ -24,6 +27,7 @@ code, pre { font: 13px/1.45 ui-monospace, monospace; background: #f3f5f8; border
 pre { padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { padding: .1rem .3rem; overflow-wrap: anywhere; }
 img { max-width: 100%; }
+ul { padding-left: 1.2rem; }
 """
 
 
@@ -39,6 +43,12 @@ class Page:
 
     def text(self, text: str) -> None:
         self._parts.append(f"<p>{escape(text)}</p>")
+
+    def points(self, texts: Sequence[str]) -> None:
+        """A list; nothing where there are no texts."""
+        if texts:
+            items = "\n".join(f"<li>{escape(text)}</li>" for text in texts)
+            self._parts.append(f"<ul>{items}</ul>")
 
     def code(self, text: str) -> None:
         self._parts.append(f"<pre>{escape(text)}</pre>")
@@ -56,7 +66,7 @@ class Page:
             + "</tr>"
             for tag, cells in lines
         )
-        self._parts.append(f"<table>{text}</table>")
+        self._parts.append(f"<div><table>{text}</table></div>")
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Names and values, all flush left."""
@@ -64,7 +74,7 @@ class Page:
             f"<tr><td class=name>{escape(key)}</td><td><code>{escape(str(value))}</code></td></tr>"
             for key, value in facts.items()
         )
-        self._parts.append(f"<table>{rows}</table>")
+        self._parts.append(f"<div><table>{rows}</table></div>")
 
     def picture(self, path: Path, alt: str) -> None:
         """A PNG, embedded; nothing where the file is missing."""
@@ -78,6 +88,7 @@ class Page:
         body = "\n".join(self._parts)
         text = (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self._title)}</title><style>{_STYLE}</style></head>\n"
             f"<body>\n{body}\n</body></html>\n"
         )

@@ -116,15 +116,26 @@ class History:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
         self.rows.append((epoch, head, numbers))
 
+    def heads(self) -> list[str]:
+        """Names of the heads that were validated."""
+        return list(dict.fromkeys(head for _, head, _ in self.rows))
+
+    def changes(self, head: str) -> list[tuple[str, str, float, float]]:
+        """Quantity, unit, validation error before training and at the epoch of the lowest loss."""
+        before, best = self._ends(head)
+        return [
+            (label, unit, 1e3 * before[key], 1e3 * best[key])
+            for key, label, unit in _CURVES
+            if key in before and key in best
+        ]
+
     def summary(self) -> str:
         """Validation errors before training and at the epoch of the lowest loss, per head."""
         texts = []
-        for head in dict.fromkeys(h for _, h, _ in self.rows):
-            before, best = self._ends(head)
+        for head in self.heads():
             parts = [
-                f"{label} {1e3 * before[key]:.1f} -> {1e3 * best[key]:.1f} {unit}"
-                for key, label, unit in _CURVES
-                if key in before and key in best
+                f"{label} {before:.1f} -> {best:.1f} {unit}"
+                for label, unit, before, best in self.changes(head)
             ]
             texts.append(f"{head}: {', '.join(parts)}")
         return "; ".join(texts)
@@ -143,7 +154,7 @@ class History:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         panels = [c for c in _CURVES if any(c[0] in m for _, _, m in self.rows)]
-        heads = list(dict.fromkeys(h for _, h, _ in self.rows))
+        heads = self.heads()
         figure = Figure(figsize=(4.5 * max(1, len(panels)), 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         for i, (key, label, unit) in enumerate(panels):
@@ -156,7 +167,8 @@ class History:
                 ]
                 (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
                 before, best = (1e3 * m[key] for m in self._ends(head))
-                line.set_label(f"{head}: {before:.1f} → {best:.1f}")
+                name = f"{head}: " if len(heads) > 1 else ""
+                line.set_label(f"{name}{before:.1f} → {best:.1f}")
             axes.set(xlabel="epochs trained", ylabel=f"validation {label} ({unit})", yscale="log")
             for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 axis(FuncFormatter(lambda y, _: f"{y:g}"))

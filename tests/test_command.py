@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 
 import ase.io
@@ -114,13 +115,17 @@ def test_the_page_for_people(run):
     trainable = re.search(r"Trainable parameters: [\d,]+ before, ([\d,]+) after", log)[1]
     assert f"{trainable} after injecting lora" in text
     before_and_after = re.search(r"Validation, before -> after: (.*)", log)[1]
-    assert before_and_after.replace("->", "→") in text
+    pairs = re.findall(r"([\d.]+) -> ([\d.]+)", before_and_after)
+    assert len(pairs) == 2
+    for before, after in pairs:
+        assert f"<td class=number>{before}</td><td class=number>{after}</td>" in text
     model, labels = load(folder / "run.model"), ase.io.read(FRAMES, index=":5")
     truth = np.concatenate([a.arrays["REF_forces"] for a in labels])
     error = 1e3 * np.abs(outputs(model, labels)["forces"].numpy() - truth).mean()
     assert f"<td class=number>{error:.2f}</td>" in text
     for words in ("(10 frames)", "H, C, O", "run_adapter", "run_report.html", "foundation_model"):
         assert words in text
+    assert f"mace-torch {metadata.version('mace-torch')}" in text
 
 
 class Reader(HTMLParser):

@@ -7,12 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from ase.data import chemical_symbols
 
+from mace_lora import artefact
 from mace_lora.config import AdapterConfig
 from mace_lora.evaluation import UNITS, Errors, Frames, errors, frames_of, predict, read_frames
 from mace_lora.host import models, upstream
@@ -57,7 +59,10 @@ def write(
     picture, path = folder / f"{name}_parity.png", folder / f"{name}_report.html"
     if sets:
         parity(sets, picture, title=f"{name}: predictions of the merged model")
-    page = Page(name, f"{args.foundation_model} fine-tuned with {config.method} by mace-lora")
+    page = Page(
+        name,
+        f"{args.foundation_model} fine-tuned with {config.method} on {date.today()}; {_versions()}",
+    )
     _results(page, args, history, sets, name)
     page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
     page.picture(picture, "predictions against labels")
@@ -67,6 +72,10 @@ def write(
     _settings(page, given)
     page.write(path)
     return path
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version}" for name, version in artefact.versions().items())
 
 
 def _labelled(
@@ -90,7 +99,14 @@ def _results(
     page: Page, args: argparse.Namespace, history: History, sets: list[Any], name: str
 ) -> None:
     page.section("Results")
-    page.text(f"Validation, before → after: {history.summary().replace('->', '→')}")
+    changes = [
+        [*([head] if len(history.heads()) > 1 else []), f"{label}, {unit}", *_two(before, best)]
+        for head in history.heads()
+        for label, unit, before, best in history.changes(head)
+    ]
+    if changes:
+        named = len(changes[0]) - 2
+        page.table([*([""] * (named - 1)), "validation", "before", "after"], changes, left=named)
     rows = []
     for frames, predictions in sets:
         for row in errors(frames, predictions[name]):
@@ -102,6 +118,10 @@ def _results(
         [[*row[:3], *(row[3 + i] for i in used)] for row in rows],
         left=2,
     )
+
+
+def _two(*values: float) -> list[str]:
+    return [f"{value:.1f}" for value in values]
 
 
 def _label(row: Errors) -> str:
@@ -140,11 +160,12 @@ def _method(page: Page, config: AdapterConfig, injected: InjectionReport) -> Non
         for f in fields(config.options)
         if (value := getattr(config.options, f.name)) != getattr(default, f.name)
     }
-    page.facts({"method": config.method, **(changed or {"options": "all as by default"})})
+    page.facts({"method": config.method, **(changed or {"options": "all at their defaults"})})
     rows = [[part, *(f"{n:,}" for n in row)] for part, row in injected.parts.items()]
     page.table(["part of the model", "parameters", "trained", "adapted layers"], rows)
-    for line in injected.not_adapted():
-        page.text(f"Not adapted: {line}")
+    if injected.skipped:
+        page.text("Not adapted, frozen as they are:")
+        page.points(injected.not_adapted())
 
 
 def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
