@@ -1,6 +1,20 @@
 """Parameter-efficient, symmetry-preserving fine-tuning of MACE foundation models.
 
-Names are imported on first use, so that `mace_lora doctor` can speak even where torch is broken.
+Start:    load_foundation, AdapterConfig.create, inject
+Train:    adapter_parameters, print_trainable_parameters
+Files:    save_adapter, load_adapter
+Switch:   set_adapter, disable_adapter, unload
+Weights:  merge, unmerge, combine_adapters, extract
+Simulate: MaceLoraCalculator, an ASE calculator
+mace-torch's names: inject_lora, merge_lora_weights
+
+    from mace_lora import AdapterConfig, inject, load_foundation
+
+    model = load_foundation("mini")
+    print(inject(model, AdapterConfig.create("lora", rank=8)))
+
+`help(mace_lora.inject)` says more; errors raised on purpose are `MaceLoraError`s. On the command
+line, training is `mace_run_train` and everything else `mace_lora`.
 """
 
 from __future__ import annotations
@@ -10,6 +24,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# Imported on first use, so that `mace_lora doctor` can speak even where torch is broken
 _EXPORTS = {
     "AdapterConfig": "mace_lora.config",
     "InjectionReport": "mace_lora.report",
