@@ -50,7 +50,18 @@ def inject_lora(
 
 
 def merge_lora_weights(model: torch.nn.Module, inplace: bool = True) -> torch.nn.Module:
-    """Fold the adapters into the model's weights, with mace-torch's signature; see `merge`."""
+    """Fold the adapters into the model's weights, with mace-torch's signature.
+
+    Args:
+        model: carries adapters.
+        inplace: False leaves `model` as it is and merges a copy.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        NotMergeable: see `merge`.
+    """
     return merge(model if inplace else deepcopy(model))
 
 
@@ -76,8 +87,13 @@ def load_foundation(
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     """Write the adapters of `model` to a directory, without its own weights.
 
+    Args:
+        model: carries adapters.
+        folder: written whole or not at all; an older adapter there is replaced.
+
     Raises:
         ConfigError: the model carries no adapters.
+        ArtefactError: something that is no adapter has that name; it is left as it is.
     """
     from mace_lora.host import models
 

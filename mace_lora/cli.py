@@ -25,6 +25,12 @@ _ABOUT = (
 )
 
 
+_SHORT = (
+    "mace_run_train --name NAME --train_file FILE --foundation_model MODEL --lora=True [flags]\n"
+    "       (--help lists all flags)"
+)
+
+
 class _Default:
     """A default value that can be told apart from the same value given by the user."""
 
@@ -49,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     from mace_lora.host.run import build_parser as upstream_parser
 
     parser = upstream_parser()
+    parser.usage = _SHORT  # argparse's own is a screen and a half, above every message
     group = parser.add_argument_group(_GROUP, _ABOUT)
     group.add_argument(
         "--adapter",

@@ -186,6 +186,7 @@ def unmerge(model: torch.nn.Module, folder: str | Path) -> tuple[torch.nn.Module
     Raises:
         NotMergeable: the adapter was not merged into this model, or too far from it to be undone.
         ArtefactError: the adapter doesn't fit the model.
+        ConfigError: the model carries adapters: it is not merged.
     """
     if any(True for _ in adapters(model)):
         raise ConfigError("the model carries adapters, it is not merged: use unload instead")

@@ -38,7 +38,14 @@ def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Every adapter parameter, by `<weight>.<factor>`: what is trained, and what is saved."""
+    """Every adapter parameter, by `<weight>.<factor>`: what is trained, and what is saved.
+
+    For an optimiser: `torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-3)`. Shapes are
+    (rows, rank) for a factor A and (rank, columns) for B. Empty where there are no adapters.
+
+    Raises:
+        ConfigError: `model` is no torch module.
+    """
     return {
         f"{name}.{factor}": parameter
         for name, adapter in adapters(model)
@@ -48,8 +55,9 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 @contextmanager
 def disable_adapter(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Within the block, `model` predicts as before the injection; its adapters stay attached.
+    """Within `with disable_adapter(model):` it predicts as before the injection.
 
+    Its adapters stay attached, and take effect again after the block, also after an error in it.
     E0s, scale and shift are those that the adapter's run started with.
     """
     hooks = [

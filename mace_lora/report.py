@@ -24,7 +24,15 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was adapted, what was not and why, and the parameter counts."""
+    """What was adapted, what was not and why, and the parameter counts; `print` it for a summary.
+
+    Attributes:
+        config: the method and its options.
+        layers: the adapted weights.
+        skipped: those that were not adapted, with the reason.
+        trainable_before: number of trainable parameters before the injection.
+        parts: per part of the model its parameters, the trained ones, and its adapted layers.
+    """
 
     config: AdapterConfig
     layers: list[AdaptedLayer]

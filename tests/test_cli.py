@@ -116,3 +116,13 @@ def test_a_terminal_that_knows_ascii_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert r"\xc5" in done.stdout
+
+
+def test_the_message_of_a_usage_error_is_not_buried(capsys):
+    """argparse prints its usage above every message, which for two hundred flags hides it."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--name=x", "--lora_preset=balancd"])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 5
+    assert "'balanced'" in lines[-1]
