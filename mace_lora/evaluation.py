@@ -20,6 +20,8 @@ from mace_lora.host import models
 KEYS = {"energy": "REF_energy", "forces": "REF_forces", "stress": "REF_stress"}
 UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 NO_GROUP = "none"
+# meV per atom: no model is that wrong on the energies that it was trained for; it has other E0s
+FAR = 1000.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mace_lora.evaluation import UNITS, Frames, Values
+from mace_lora.evaluation import FAR, UNITS, Frames, Values
 from mace_lora.files import whole_file
 
 _LABELS = {"energy": "energy per atom (eV)", "forces": "forces (eV/Å)", "stress": "stress (eV/Å³)"}
@@ -57,11 +57,15 @@ def _panel(axes: Any, quantity: str, labels: np.ndarray, predictions: Mapping[st
     for name, values in predictions.items():
         found = getattr(values, quantity)[known]
         mae = 1e3 * np.abs(found - truth).mean()
-        label = f"{name}: MAE {mae:.3g} {UNITS[quantity]}"
+        label = f"{name}: MAE {mae:.3g}" if mae < 1000 else f"{name}: MAE {mae:,.0f}"
+        label += f" {UNITS[quantity]}"
+        if quantity != "energy" or mae <= FAR:
+            low, high = min(low, found.min() - origin), max(high, found.max() - origin)
+        else:
+            label += " (outside)"
         axes.scatter(
             truth[thin] - origin, found[thin] - origin, s=6, alpha=0.5, linewidths=0, label=label
         )
-        low, high = min(low, found.min() - origin), max(high, found.max() - origin)
     margin = 0.04 * (high - low) or 1e-3
     line = (low - margin, high + margin)
     axes.plot(line, line, color="0.4", linewidth=0.8, zorder=0)

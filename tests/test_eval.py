@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import ase
 import ase.io
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from running import tool_fails as failure
 from running import tool_prints as run
 
 from mace_lora import load_adapter, merge
+from mace_lora.evaluation import Frames, Values
+from mace_lora.pictures import parity
 
 
 @pytest.fixture
@@ -153,3 +157,21 @@ def test_a_head_that_the_model_does_not_have(base_file, labelled):
     """It was taken for the last head without a word."""
     flags = ["--model", base_file, "--data", labelled, "--head", "Defualt"]
     assert "--head=Defualt: the model has no such head" in failure("eval", *flags)
+
+
+def test_a_model_with_other_e0s_does_not_squeeze_the_others(tmp_path):
+    """Its energies, hundreds of eV away, left nothing to see of the first model's."""
+    energies = np.linspace(-1.0, 1.0, 41)
+    unknown = np.full((41, 3, 3), np.nan)
+    labels = Values(energies, np.full((41, 3), np.nan), unknown)
+    atoms = [ase.Atoms("H")] * 41
+    frames = Frames("frames", atoms, labels, np.ones(41, dtype=int), np.full(41, "none"))
+    far = replace(labels, energy=energies + 400.0)
+    parity([(frames, {"one": labels, "two": far})], tmp_path / "p.png")
+    from matplotlib.image import imread
+
+    image = imread(tmp_path / "p.png")[..., :3]
+    blue = (image[..., 2] - image[..., 0]) > 0.15
+    rows, columns = np.nonzero(blue[:, image.shape[1] // 2 :])  # right of the legend
+    assert np.ptp(rows) > image.shape[0] / 4
+    assert np.ptp(columns) > image.shape[1] / 4

@@ -17,6 +17,7 @@ from mace_lora.api import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
 from mace_lora.evaluation import (
+    FAR,
     UNITS,
     Frames,
     Values,
@@ -28,9 +29,6 @@ from mace_lora.evaluation import (
     with_fitted_e0s,
 )
 from mace_lora.pictures import parity
-
-# meV per atom: no model is that wrong on the energies that it was trained for
-FAR = 1000.0
 
 EXAMPLES = """\
   mace_lora eval --model ethanol.model --data test.xyz
