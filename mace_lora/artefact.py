@@ -74,6 +74,8 @@ def write(
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, new / TENSORS)
         (new / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # safetensors lets the owner alone read what it writes; colleagues read adapters too
+        (new / TENSORS).chmod((new / CONFIG).stat().st_mode)
         for other in Path(folder).glob("*"):  # notes that someone has put beside the adapter
             if other.is_file() and other.name not in (TENSORS, CONFIG):
                 shutil.copy2(other, new)

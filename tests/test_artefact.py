@@ -55,6 +55,11 @@ def test_only_safetensors_and_json(saved):
     assert {p.name for p in saved[2].iterdir()} == {TENSORS, CONFIG}
 
 
+def test_others_may_read_all_of_it_or_nothing(saved):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in saved[2].iterdir()}
+    assert modes[TENSORS] == modes[CONFIG]
+
+
 def test_an_older_one_is_replaced_whole(saved, frames):
     base, model, folder = saved
     randomise_(model, seed=7)
