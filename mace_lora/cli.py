@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from mace_lora.commands import COMMANDS
 from mace_lora.commands import run as run_command
 from mace_lora.config import AdapterConfig, RunOptions
 from mace_lora.errors import ConfigError, MaceLoraError, did_you_mean
-from mace_lora.printing import say
+from mace_lora.printing import printable, say
 
 _GROUP = "adapters (mace-lora)"
 _ABOUT = (
@@ -191,17 +190,10 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _printable() -> None:
-    """Let a terminal without Å or a bar's blocks show their codes, rather than end the program."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """`mace_run_train`: upstream's command, with adapters."""
     _quiet()
-    _printable()
+    printable()
     from mace_lora.host.run import run
 
     try:
@@ -227,7 +219,7 @@ def _usage() -> str:
 
 def main_tools(argv: Sequence[str] | None = None) -> None:
     """`mace_lora COMMAND`, also `python -m mace_lora COMMAND`."""
-    _printable()
+    printable()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv else "--help"
     if command in ("-h", "--help"):

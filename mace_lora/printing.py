@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
 from mace_lora.errors import WriteError
 
 
+def printable() -> None:
+    """Let a terminal without Å or a bar's blocks show question marks, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def say(text: str) -> None:
     """Print to standard output; in silence where the reader has gone (`| head`).
-
-    Characters that the terminal's encoding lacks (Å, bars) are printed as question marks.
 
     Raises:
         WriteError: there is no room for it.
     """
-    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
     except OSError as error:

@@ -1,9 +1,5 @@
 """Flags: upstream's names and defaults, ours beside them, contradictions named."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from mace.tools import build_default_arg_parser
 
@@ -102,20 +98,6 @@ def test_tools(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main_tools(["trian"])
     assert "unknown command 'trian'; known" in capsys.readouterr().err
-
-
-def test_a_terminal_that_knows_ascii_alone(tmp_path):
-    """Bars and units are shown as codes there, and the command ends well."""
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mace_lora", "info", "mini"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert r"\xc5" in done.stdout
 
 
 def test_the_message_of_a_usage_error_is_not_buried(capsys):
