@@ -140,6 +140,13 @@ class History:
             texts.append(f"{head}: {', '.join(parts)}")
         return "; ".join(texts)
 
+    def has_learnt(self) -> bool:
+        """Whether the validation loss of some head fell below that before training, if known."""
+        if not any(epoch is None and "loss" in metrics for epoch, _, metrics in self.rows):
+            return True
+        ends = [self._ends(head) for head in self.heads()]
+        return any(best["loss"] < (1 - 1e-6) * before["loss"] for before, best in ends)
+
     def _ends(self, head: str) -> tuple[dict[str, float], dict[str, float]]:
         """The errors before training, and those at the lowest loss: of the model that is kept."""
         mine = [(e, m) for e, h, m in self.rows if h == head]

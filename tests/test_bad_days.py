@@ -162,6 +162,12 @@ def test_an_exploding_loss_is_divergence_too(tmp_path, flags, small_data):
     assert EXPLODED > 1e3
 
 
+@pytest.mark.parametrize(("alpha", "learns"), [("1", True), ("1e-200", False)])
+def test_a_run_that_learnt_nothing_says_so(tmp_path, flags, caplog, alpha, learns):
+    assert here(tmp_path / "run", *flags, "--max_num_epochs=1", f"--lora_alpha={alpha}") == ""
+    assert ("The validation loss never fell" in caplog.text) is not learns
+
+
 def test_one_frame_and_an_atom_alone(tmp_path, flags, small_data, caplog):
     """What can be trained on is trained on; what nothing can be learnt from is said."""
     frames = ase.io.read(small_data["train"], index=":2")

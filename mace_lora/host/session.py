@@ -120,6 +120,11 @@ class Session:
         if self.training.history:
             errors = self.training.history.summary().replace("Å", "A")  # the log may be ASCII
             logging.info(f"Validation, before -> after: {errors}")
+            if not self.training.history.has_learnt():
+                logging.warning(
+                    "The validation loss never fell below that of the foundation model: train "
+                    f"longer, or try another --lr (it was {self.args.lr})"
+                )
         self._write_page()
         for file, meaning in self.saving.what_was_left().items():
             logging.info(f"  {file}: {meaning}")
