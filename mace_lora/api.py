@@ -127,8 +127,8 @@ def load_adapter(base: torch.nn.Module | str | Path, folder: str | Path) -> torc
     content = artefact.read(folder)
     # in the precision of the run before anything is computed, as the run itself did
     dtype = getattr(torch, content.model["dtype"])
-    model = models.given(base, dtype=dtype)
-    model = models.one_head(deepcopy(model) if model is base else model, content.base.get("head"))
+    model = models.given(base, dtype=dtype, copy=True)
+    model = models.one_head(model, content.base.get("head"))
     found = fingerprint(model)
     if found == content.model.get("fingerprint"):
         models.restore_constants(model, content.model)

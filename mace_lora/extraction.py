@@ -90,7 +90,7 @@ def extract(
     base_name = None if isinstance(base, torch.nn.Module) else str(base)
     finetuned = models.given(finetuned, flag="finetuned")
     dtype = next(finetuned.parameters()).dtype
-    base = models.one_head(deepcopy(models.given(base, dtype=dtype, flag="base")), head)
+    base = models.one_head(models.given(base, dtype=dtype, flag="base", copy=True), head)
     start_description = models.describe(finetuned)
     start, wanted = _start(base, finetuned, start_description)
     base_description = {

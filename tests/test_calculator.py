@@ -30,11 +30,6 @@ from mace_lora.testing import outputs, randomise_, worst
 
 
 @pytest.fixture
-def base(build) -> torch.nn.Module:
-    return build("foundation")
-
-
-@pytest.fixture
 def crystal() -> ase.Atoms:
     """A distorted periodic crystal, so that stress means something."""
     atoms = bulk("C", "diamond", a=3.6, cubic=True)

@@ -26,28 +26,17 @@ from mace_lora import (
 
 
 @pytest.fixture
-def base(build) -> torch.nn.Module:
-    return build("foundation")
-
-
-@pytest.fixture
 def folder(base, tmp_path) -> Path:
     return make_adapter(base, tmp_path / "adapter", std=0.02)
 
 
-@pytest.fixture
-def base_path(base, tmp_path) -> Path:
-    torch.save(base, tmp_path / "base.model")
-    return tmp_path / "base.model"
-
-
-def test_a_base_may_be_a_path(base_path, folder):
-    plain = merge(load_adapter(base_path, folder))
-    assert load_foundation(base_path).state_dict().keys() == plain.state_dict().keys()
-    combined = combine_adapters(base_path, {folder: np.float32(1.0)})
-    extracted = extract(base_path, plain).layers
+def test_a_base_may_be_a_path(base_file, folder):
+    plain = merge(load_adapter(base_file, folder))
+    assert load_foundation(base_file).state_dict().keys() == plain.state_dict().keys()
+    combined = combine_adapters(base_file, {folder: np.float32(1.0)})
+    extracted = extract(base_file, plain).layers
     assert extracted
-    assert MaceLoraCalculator(base=base_path, adapter=folder).adapter == folder
+    assert MaceLoraCalculator(base=base_file, adapter=folder).adapter == folder
     for name, value in plain.state_dict().items():
         assert torch.allclose(value, combined.state_dict()[name], rtol=1e-12, atol=1e-14), name
 

@@ -40,11 +40,12 @@ def given(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     flag: str = "",
+    copy: bool = False,
 ) -> torch.nn.Module:
     """A model that a caller names, or gives as it is; the arguments are those of `load`.
 
     Returns:
-        The model itself where it is one already in this place and precision, or a new one.
+        The model itself where it fits already and no `copy` is asked for, or a new one.
 
     Raises:
         FoundationModelError: neither a model, nor a name or path of one.
@@ -53,7 +54,7 @@ def given(
         return load(base, device or "cpu", dtype, flag)
     own = next(base.parameters())
     fits = (dtype in (None, own.dtype)) and (device is None or torch.device(device) == own.device)
-    return base if fits else deepcopy(base).to(device=device, dtype=dtype)
+    return base if fits and not copy else deepcopy(base).to(device=device, dtype=dtype)
 
 
 def load(
@@ -171,11 +172,10 @@ def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
         )
     if kind in ("MACELES", "PolarMACE") and args.model != kind:
         raise FoundationModelError(f"{called}: a {kind}; give --model={kind} too")
-    heads = getattr(model, "heads", None) or []
-    if args.foundation_head is not None and len(heads) > 1 and args.foundation_head not in heads:
+    heads, head = getattr(model, "heads", None) or [], args.foundation_head
+    if head is not None and len(heads) > 1 and head not in heads:
         raise FoundationModelError(
-            f"{called} has no head {args.foundation_head!r} (--foundation_head); "
-            f"{did_you_mean(args.foundation_head, heads)}"
+            f"{called} has no head {head!r} (--foundation_head); {did_you_mean(head, heads)}"
         )
 
 
