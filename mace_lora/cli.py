@@ -51,7 +51,7 @@ def _boolean(text: str) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """Upstream's parser, plus `--adapter` and a flag per option of every method."""
-    from mace_lora.host.run import build_parser as upstream_parser
+    from mace_lora.training.run import build_parser as upstream_parser
 
     parser = upstream_parser()
     parser.usage = _SHORT  # argparse's own is a screen and a half, above every message
@@ -127,7 +127,7 @@ def _our_flags() -> list[str]:
 
 def _method_of(folder: str) -> AdapterConfig:
     """Method and options of an adapter directory."""
-    from mace_lora import artefact  # needs torch, and the doctor speaks where torch is broken
+    from mace_lora.model import artefact  # needs torch, and the doctor speaks where torch is broken
 
     return artefact.read(folder).config
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`mace_run_train`: upstream's command, with adapters."""
     _quiet()
     printable()
-    from mace_lora.host.run import run
+    from mace_lora.training.run import run
 
     try:
         args, config, options = parse(argv)
@@ -228,7 +228,7 @@ def main_tools(argv: Sequence[str] | None = None) -> None:
         main(argv)
     elif command == "doctor":
         _quiet()
-        from mace_lora.doctor import main as doctor
+        from mace_lora.commands.doctor import main as doctor
 
         sys.exit(doctor(argv))
     elif command in COMMANDS:

@@ -17,12 +17,12 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from mace_lora.api import load_adapter, save_adapter
+from mace_lora.api.files import load_adapter, save_adapter
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import NotMergeable
-from mace_lora.host.models import OUTPUTS, frames_to_batch, largest_difference, predict
-from mace_lora.injection import adapter_parameters, adapters, inject
-from mace_lora.merging import merge
+from mace_lora.model.injection import adapter_parameters, adapters, inject
+from mace_lora.model.merging import merge
+from mace_lora.upstream.predicting import OUTPUTS, frames_to_batch, largest_difference, predict
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 Outputs = dict[str, torch.Tensor]

@@ -19,9 +19,10 @@ from mace import modules  # noqa: E402
 from torch_ema import ExponentialMovingAverage  # noqa: E402
 
 from mace_lora.config import AdapterConfig  # noqa: E402
-from mace_lora.host import models, upstream  # noqa: E402
-from mace_lora.host.speed import Speed  # noqa: E402
-from mace_lora.injection import inject  # noqa: E402
+from mace_lora.model.injection import inject  # noqa: E402
+from mace_lora.training.epochs.speed import Speed  # noqa: E402
+from mace_lora.upstream import names as upstream  # noqa: E402
+from mace_lora.upstream import predicting  # noqa: E402
 
 Step = Callable[[], float]
 WANTED = {"forces": True, "virials": False, "stress": False}
@@ -160,7 +161,7 @@ class Data:
     def __init__(self, frames: list[Any], model: torch.nn.Module, device: str) -> None:
         self.dtype = next(model.parameters()).dtype
         self.device = torch.device(device)
-        self.frames = models.frames_to_data(frames, model)
+        self.frames = predicting.frames_to_data(frames, model)
 
     def loader(self) -> Any:
         loaders = upstream.module("mace.tools.torch_geometric.dataloader")

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from bench_parts import CLOCKS, CUEQ, UPSTREAM, Contender, Data, medium, take_turns
 
+from mace_lora.backends.padding import plan, sizes
 from mace_lora.config import AdapterConfig
-from mace_lora.host import models
-from mace_lora.step.padding import plan, sizes
+from mace_lora.upstream import loading, predicting
 
 STEPS_CHECKED = 5
 # The whole run: rMD17's quick validation
@@ -85,7 +85,7 @@ class Bench:
         yield "MMEA, rank 16", AdapterConfig.create("mmea"), f64, self.base
         yield "LoRA, rank 4, float32", lora, f32, self.base
         if set(self.elements) <= {1, 6, 7, 8}:
-            yield "LoRA, rank 4, mini", lora, f64, lambda: models.load("mini", dtype=f64)
+            yield "LoRA, rank 4, mini", lora, f64, lambda: loading.load("mini", dtype=f64)
 
     def names(self) -> list[str]:
         """Who takes turns; the first one is what the others are compared with."""
@@ -232,7 +232,7 @@ class Bench:
         frames = [f for path in self.args.mixed for f in ase.io.read(path, index=":50")]
         elements = sorted({int(z) for f in frames for z in f.numbers})
         model = medium(elements, channels=1).double()
-        sizes_of = [sizes(models.frames_to_batch([f], model).to_dict()) for f in frames]
+        sizes_of = [sizes(predicting.frames_to_batch([f], model).to_dict()) for f in frames]
         draw, rows = np.random.default_rng(0), []
         for n in (5, 10, 32):
             batches = [

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from ase.data import chemical_symbols  # noqa: E402
 
-from mace_lora.host import mini  # noqa: E402
+from mace_lora.upstream import mini  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
 

@@ -33,7 +33,7 @@ from reproduction.runs import seconds_per_step, trainable
 from mace_lora import load_foundation
 from mace_lora.adapters.low_rank import INITS
 from mace_lora.adapters.registry import METHODS
-from mace_lora.host.models import frames_to_batch, predict
+from mace_lora.upstream.predicting import frames_to_batch, predict
 
 DATA = Path(str(resources.files("mace_lora") / "data"))
 LORA = ["--foundation_model=mini", "--E0s=estimated", "--adapter=lora"]

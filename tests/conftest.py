@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from copy import deepcopy
-from importlib import resources
 from pathlib import Path
 
 import ase.io
@@ -17,17 +14,8 @@ import torch
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
-import zoo  # noqa: E402
-
-DATA = Path(str(resources.files("mace_lora") / "data"))
-HERE = Path(__file__).parent
-
-
-def ethanol(part: str, n: int) -> list[ase.Atoms]:
-    frames = ase.io.read(DATA / f"ethanol_{part}.xyz", index=f":{n}")
-    for frame in frames:
-        frame.pbc = False
-    return frames
+from helpers import zoo  # noqa: E402
+from helpers.frames import DATA, ethanol  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -106,24 +94,6 @@ def foundation(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("foundation") / "base.model"
     torch.save(zoo.build("foundation").to(torch.float32), path)
     return str(path)
-
-
-def run_command(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`mace_run_train` as a user runs it, in a fresh process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment.pop("MACE_CONFIG", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "mace_lora", "train", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import ase
 import numpy as np
 import pytest
 import torch
-from adapter_folders import make_adapter
 from ase.build import bulk, molecule
+from helpers.adapter_folders import make_adapter
 from mace.calculators import MACECalculator
 
 from mace_lora import (
@@ -25,7 +25,7 @@ from mace_lora import (
 )
 from mace_lora.adapters.registry import METHODS
 from mace_lora.errors import ArtefactError, ConfigError, DataError, NotMergeable
-from mace_lora.injection import adapters
+from mace_lora.model.injection import adapters
 from mace_lora.testing import outputs, randomise_, worst
 
 

@@ -13,19 +13,19 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from adapter_folders import make_adapter
 from ase import units
 from ase.build import bulk
 from ase.data import chemical_symbols
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
+from helpers.adapter_folders import make_adapter
 from mace.calculators import MACECalculator
 from mace.calculators.lammps_mliap_mace import LAMMPS_MLIAP_MACE  # noqa: F401  (to unpickle it)
 
 from mace_lora import MaceLoraCalculator, load_foundation
 from mace_lora.cli import main_tools
-from mace_lora.host.models import frames_to_batch
+from mace_lora.upstream.predicting import frames_to_batch
 
 
 @pytest.fixture(scope="module")

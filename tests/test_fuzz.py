@@ -17,13 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mace_lora import AdapterConfig, artefact, cli, inject, load_adapter, save_adapter
+from mace_lora import AdapterConfig, cli, inject, load_adapter, save_adapter
 from mace_lora.adapters.registry import METHODS, get_method
-from mace_lora.artefact import CONFIG, TENSORS
 from mace_lora.errors import ArtefactError, MaceLoraError
-from mace_lora.host.run import build_parser
-from mace_lora.injection import adapter_parameters
+from mace_lora.model import artefact
+from mace_lora.model.artefact import CONFIG, TENSORS
+from mace_lora.model.injection import adapter_parameters
 from mace_lora.testing import randomise_
+from mace_lora.training.run import build_parser
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 quickly = settings(
@@ -48,7 +49,7 @@ values = st.recursive(
 @pytest.fixture(scope="module")
 def adapter(_built, tmp_path_factory):
     """(base, folder, its two files)"""
-    import zoo
+    from helpers import zoo
 
     base = zoo.build("residual")
     model = copy.deepcopy(base)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_folders import make_adapter
+from helpers.adapter_folders import make_adapter
 
 from mace_lora import (
     AdapterConfig,

@@ -21,8 +21,8 @@ from pathlib import Path
 import ase.io
 import pytest
 import torch
-from adapter_folders import make_adapter
-from conftest import DATA
+from helpers.adapter_folders import make_adapter
+from helpers.frames import DATA
 
 from mace_lora import cli, load_adapter, load_foundation, merge
 from mace_lora.commands import COMMANDS
@@ -44,14 +44,14 @@ CHANGED = {
 }
 # What is not run here: the beginning of a command -> the file, and the words in it that run it.
 ELSEWHERE = {
-    "scripts/quickstart.sh": ("tests/test_scripts.py", "def test_quickstart"),
+    "scripts/quickstart.sh": ("tests/scripts/test_scripts.py", "def test_quickstart"),
     "scripts/test.sh": (".ci/run", "scripts/test.sh"),
     "pip install .": ("tests/test_install.py", '"pip", "install", "-q", str(ROOT)'),
-    "sbatch scripts/slurm/one_gpu.sbatch": ("tests/test_slurm.py", "one_gpu.sbatch"),
-    "scripts/reproduce.sh": ("tests/test_reproduction.py", '"reproduce.py"), "rmd17"'),
-    "python scripts/study.py": ("tests/test_scripts.py", "def test_study"),
+    "sbatch scripts/slurm/one_gpu.sbatch": ("tests/scripts/test_slurm.py", "one_gpu.sbatch"),
+    "scripts/reproduce.sh": ("tests/scripts/test_reproduction.py", '"reproduce.py"), "rmd17"'),
+    "python scripts/study.py": ("tests/scripts/test_scripts.py", "def test_study"),
     "FUZZ_EXAMPLES=3000 pytest": ("tests/test_fuzz.py", "FUZZ_EXAMPLES"),
-    "mace_lora extract --base mini": ("tests/test_tools.py", '"extract", *flags'),
+    "mace_lora extract --base mini": ("tests/commands/test_tools.py", '"extract", *flags'),
 }
 # Inline words that name a command and don't give one.
 NAMES = {

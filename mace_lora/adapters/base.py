@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.utils import parametrize
 
-from mace_lora.blocks import Site, WeightLayout
+from mace_lora.adapters.layout import Site, WeightLayout
 from mace_lora.errors import ConfigError, did_you_mean
 
 _BIASES = ("none", "adapted", "all")

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 
 from mace_lora.adapters.base import option
+from mace_lora.adapters.layout import WeightLayout
 from mace_lora.adapters.low_rank import (
     LowRank,
     LowRankOptions,
     blocks_of_groups,
     group_parts,
 )
-from mace_lora.blocks import WeightLayout
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mace_lora.adapters.base import Adapter, option
+from mace_lora.adapters.layout import Site
 from mace_lora.adapters.low_rank import LowRankOptions, PathUpdate, path_update
-from mace_lora.blocks import Site
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mace_lora.adapters.layout import WeightLayout
 from mace_lora.adapters.low_rank import (
     LowRank,
     LowRankOptions,
@@ -24,7 +25,6 @@ from mace_lora.adapters.low_rank import (
     group_parts,
     groups_of_blocks,
 )
-from mace_lora.blocks import WeightLayout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mace_lora.adapters.base import Adapter, AdapterOptions, option
-from mace_lora.blocks import Site, WeightLayout
+from mace_lora.adapters.layout import Site, WeightLayout
 from mace_lora.errors import ConfigError, did_you_mean
 
 INITS: dict[str, str] = {

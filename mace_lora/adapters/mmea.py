@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 
 from mace_lora.adapters.base import Adapter, AdapterOptions, OutputAdapter, option
+from mace_lora.adapters.layout import IrrepBlock, Site, WeightLayout
 from mace_lora.adapters.low_rank import LowRankOptions, check_alpha, check_rank, path_update
-from mace_lora.blocks import IrrepBlock, Site, WeightLayout
 from mace_lora.errors import ConfigError, did_you_mean
 
 GATES = ("exp", "res")

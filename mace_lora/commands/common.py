@@ -11,9 +11,9 @@ import torch
 from prettytable import PrettyTable
 
 from mace_lora.errors import ConfigError, did_you_mean
-from mace_lora.evaluation import KEYS
 from mace_lora.files import whole_file
-from mace_lora.host import models
+from mace_lora.results.evaluation import KEYS
+from mace_lora.upstream import loading
 
 BASE_HELP = (
     "the foundation model: mini, a name that mace-torch downloads (medium_off, ...), or a .model "
@@ -23,7 +23,7 @@ BASE_HELP = (
 
 def load(path: str, flag: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """A model that a flag names."""
-    return models.load(path, dtype=dtype, flag=flag)
+    return loading.load(path, dtype=dtype, flag=flag)
 
 
 def save(model: torch.nn.Module, path: str) -> None:

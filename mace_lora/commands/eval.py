@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from mace_lora.api import load_adapter
+from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
-from mace_lora.evaluation import (
+from mace_lora.results.evaluation import (
     FAR,
     UNITS,
     Frames,
@@ -28,7 +28,7 @@ from mace_lora.evaluation import (
     read_frames,
     with_fitted_e0s,
 )
-from mace_lora.pictures import parity
+from mace_lora.results.pictures import parity
 
 EXAMPLES = """\
   mace_lora eval --model ethanol.model --data test.xyz

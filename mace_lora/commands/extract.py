@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mace_lora import artefact
-from mace_lora.api import load_adapter
+from mace_lora.api.extraction import extract
+from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.config import AdapterConfig
-from mace_lora.evaluation import UNITS, errors, known_to, predict, read_frames
-from mace_lora.extraction import extract
+from mace_lora.model import artefact
+from mace_lora.results.evaluation import UNITS, errors, known_to, predict, read_frames
 
 # Relative changes below this are rounding, and not shown
 NOTHING = 1e-6

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from ase.data import chemical_symbols
 
-from mace_lora import artefact
-from mace_lora.api import load_adapter
-from mace_lora.blocks import find_sites
+from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError, MaceLoraError
-from mace_lora.fingerprint import fingerprint
-from mace_lora.host import models
-from mace_lora.injection import adapters
-from mace_lora.merging import changes
+from mace_lora.model import artefact
+from mace_lora.model.description import describe
+from mace_lora.model.fingerprint import fingerprint
+from mace_lora.model.injection import adapters
+from mace_lora.model.layers import find_sites
+from mace_lora.model.merging import changes
+from mace_lora.upstream import loading, rebuilding
 
 EXAMPLES = """\
   mace_lora info mini
@@ -68,9 +69,9 @@ def _model(name: str) -> dict[str, Any]:
         "what": "model",
         "path": name,
         "bytes": common.size(name) if Path(name).is_file() else None,
-        **models.describe(model),
+        **describe(model),
         "fingerprint": fingerprint(model),
-        "architecture": models.architecture(model),
+        "architecture": rebuilding.architecture(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": {kind: {"count": n, "parameters": numel[kind]} for kind, n in kinds.items()},
         "other_parameters": sum(s.numel for s in skipped),
@@ -172,7 +173,7 @@ def _adapted(
     if base is not None:
         return load_adapter(base, folder), f"relative to the weights of {base}"
     name = content.base.get("name")
-    if name != models.MINI and not (isinstance(name, str) and Path(name).is_file()):
+    if name != loading.MINI and not (isinstance(name, str) and Path(name).is_file()):
         return None, "unknown: give the base model with --base"
     try:
         return load_adapter(name, folder), f"relative to the weights of {name}"

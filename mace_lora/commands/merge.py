@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from mace_lora.api import load_adapter
+from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError, MergeMismatch
-from mace_lora.host import gated, models
-from mace_lora.host.saving import MERGE_TOLERANCE
-from mace_lora.injection import adapters
-from mace_lora.merging import changes, merge
+from mace_lora.model.injection import adapters
+from mace_lora.model.merging import changes, merge
+from mace_lora.training.files.saving import MERGE_TOLERANCE
+from mace_lora.upstream import gated, predicting
 
 EXAMPLES = """\
   mace_lora merge --base mini --adapter ethanol_adapter --output ethanol.model
@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _proof(adapted: torch.nn.Module, merged: torch.nn.Module) -> float:
     """The largest relative difference of the predictions. Raises MergeMismatch above rounding."""
-    batch = models.frames_to_batch(_clusters(merged), merged)
-    one, other = (models.predict(m, [batch]) for m in (adapted, merged))
-    found = models.largest_difference(one, other)
+    batch = predicting.frames_to_batch(_clusters(merged), merged)
+    one, other = (predicting.predict(m, [batch]) for m in (adapted, merged))
+    found = predicting.largest_difference(one, other)
     worst = max((relative for _, relative in found.values()), default=0.0)
     tolerance = MERGE_TOLERANCE[next(merged.parameters()).dtype]
     if not worst <= tolerance:

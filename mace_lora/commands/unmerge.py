@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mace_lora.api.extraction import unmerge
 from mace_lora.commands import common
-from mace_lora.extraction import unmerge
 
 EXAMPLES = """\
   mace_lora unmerge --model ethanol.model --adapter ethanol_adapter --output start.model

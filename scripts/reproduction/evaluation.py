@@ -12,7 +12,7 @@ import torch
 from ase import Atoms
 
 from mace_lora import load_foundation
-from mace_lora.host.models import frames_to_batch, predict
+from mace_lora.upstream.predicting import frames_to_batch, predict
 
 HOLDOUT = Path(str(resources.files("mace_lora") / "data" / "mini_holdout.xyz"))
 BATCH = 25

@@ -13,7 +13,7 @@ import yaml
 from mace_lora import load_foundation
 from mace_lora.adapters.registry import METHODS, get_method
 from mace_lora.errors import ConfigError, did_you_mean
-from mace_lora.host import upstream
+from mace_lora.upstream import names as upstream
 from reproduction.datasets import System
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -9,11 +9,11 @@ import torch
 from mace_lora import AdapterConfig, inject, inject_lora
 from mace_lora.adapters.lora import Lora, LoraOptions
 from mace_lora.adapters.low_rank import INITS
-from mace_lora.blocks import find_sites
 from mace_lora.errors import ConfigError
-from mace_lora.host.models import default_dtype
-from mace_lora.injection import adapters
+from mace_lora.model.injection import adapters
+from mace_lora.model.layers import find_sites
 from mace_lora.testing import outputs, randomise_, worst
+from mace_lora.upstream.precision import default_dtype
 
 from e3nn import o3  # isort: skip
 

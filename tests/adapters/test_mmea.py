@@ -8,18 +8,20 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import DATA, run_command
 from e3nn.util import jit
+from helpers.frames import DATA
+from helpers.running import run_command
 from mace.calculators import MACECalculator
 
 from e3nn import o3  # isort: skip
 
 from mace_lora import AdapterConfig, inject, load_adapter, merge
 from mace_lora.errors import ConfigError
-from mace_lora.host import gated
-from mace_lora.host.models import default_dtype, frames_to_batch
-from mace_lora.injection import adapters
+from mace_lora.model.injection import adapters
 from mace_lora.testing import outputs, randomise_, worst
+from mace_lora.upstream import gated
+from mace_lora.upstream.precision import default_dtype
+from mace_lora.upstream.predicting import frames_to_batch
 
 
 def layer(irreps_in: str, irreps_out: str, **options) -> torch.nn.ModuleDict:

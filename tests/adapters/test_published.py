@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 from e3nn import nn, o3
-from golden import (
-    Golden,
-    assert_close,
-    assert_gradients,
-    cases,
-    load,
-    reference_parameters,
-)
+from helpers.golden import Golden, assert_close, assert_gradients, cases, load, reference_parameters
 from mace import modules
 from mace.modules.symmetric_contraction import SymmetricContraction
 
 from mace_lora import AdapterConfig, inject, merge
-from mace_lora.host.models import default_dtype
-from mace_lora.injection import adapters
+from mace_lora.model.injection import adapters
+from mace_lora.upstream.precision import default_dtype
 
 
 def adapted(layer: torch.nn.Module, config: AdapterConfig, values: dict) -> torch.nn.Module:

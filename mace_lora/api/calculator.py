@@ -1,0 +1,140 @@
+"""An ASE calculator for a base model whose adapters are swapped without reloading it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import ase
+import torch
+from ase.calculators.calculator import Calculator, all_changes
+from ase.data import chemical_symbols
+
+from mace_lora.api.files import load_adapter
+from mace_lora.errors import ConfigError, DataError
+from mace_lora.model.merging import merge
+from mace_lora.upstream import loading
+from mace_lora.upstream import names as upstream
+
+Choice = str | Path | Sequence[str | Path] | None
+
+
+class MaceLoraCalculator(Calculator):
+    """Energies (eV), forces (eV/A), stress (eV/A^3): what `MACECalculator` gives on merged models.
+
+    Args:
+        base: the foundation model (as a model, or by name or file as in `load_foundation`); it is
+            read once.
+        adapter: a directory, or several for a committee (mean, and `energy_var`, `forces_comm`,
+            `stress_var` among the results), or None for the base model itself.
+        device: cpu, cuda, ...
+        default_dtype: float32 or float64; nothing for the precision of the adapter's run.
+        keywords: for `MACECalculator`: head, enable_cueq, compile_mode, ...
+
+    Raises:
+        ArtefactError: an adapter is broken or belongs to another base.
+        ConfigError: no such device or precision, or the adapters of a committee are for different
+            elements or heads.
+        FoundationModelError: there is no such base model.
+
+    `set_adapter` chooses another adapter later; those used before are kept, so that going back and
+    forth costs nothing.
+    """
+
+    def __init__(
+        self,
+        base: torch.nn.Module | str | Path,
+        adapter: Choice = None,
+        device: str = "cpu",
+        default_dtype: str = "",
+        **keywords: Any,
+    ) -> None:
+        super().__init__()
+        _check_settings(device, default_dtype)
+        self.base = loading.given(base, device, flag="base")
+        self._settings = {"device": device, "default_dtype": default_dtype, **keywords}
+        self._merged: dict[Path | None, torch.nn.Module] = {}
+        self._calculators: dict[tuple[Path | None, ...], Calculator] = {}
+        self.set_adapter(adapter)
+
+    def set_adapter(self, adapter: Choice) -> None:
+        """Use another adapter, a committee of several, or None: the base model itself."""
+        single = adapter is None or isinstance(adapter, (str, Path))
+        key = tuple(
+            None if a is None else Path(a).resolve() for a in ([adapter] if single else adapter)
+        )
+        if not key:
+            raise ConfigError("a committee without adapters: give one or more, or None")
+        if key not in self._calculators:
+            committee = [self._model(folder) for folder in key]
+            _check_committee(committee, key)
+            calculator = upstream.module("mace.calculators").MACECalculator
+            settings = dict(self._settings)
+            if not settings["default_dtype"]:
+                own = next(committee[0].parameters()).dtype
+                settings["default_dtype"] = str(own).removeprefix("torch.")
+            self._calculators[key] = calculator(models=committee, **settings)
+        self._current = self._calculators[key]
+        self.adapter = adapter
+        self.implemented_properties = list(dict.fromkeys(self._current.implemented_properties))
+        self.reset()
+
+    def _model(self, folder: Path | None) -> torch.nn.Module:
+        if folder not in self._merged:
+            if folder is None:
+                model = deepcopy(self.base)
+            else:
+                model = merge(load_adapter(self.base, folder), keep_gates=True)
+            self._merged[folder] = model
+        return self._merged[folder]
+
+    def calculate(
+        self,
+        atoms: ase.Atoms | None = None,
+        properties: list[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Called by ASE.
+
+        Raises:
+            DataError: the model doesn't know one of the elements.
+        """
+        if atoms is not None:
+            self._check_elements(atoms)
+        super().calculate(atoms, properties, system_changes)
+        self._current.calculate(self.atoms, properties, system_changes)
+        self.results = dict(self._current.results)
+
+    def _check_elements(self, atoms: ase.Atoms) -> None:
+        known = set(self._current.z_table.zs)
+        unknown = set(atoms.numbers.tolist()) - known
+        if unknown:
+            names = [" ".join(chemical_symbols[z] for z in sorted(n)) for n in (known, unknown)]
+            raise DataError(
+                f"the model knows {names[0]}, the atoms hold {names[1]} too (an adapter is for the "
+                "elements that its run was trained on)"
+            )
+
+
+def _check_settings(device: str, default_dtype: str) -> None:
+    """Raises ConfigError where torch has no such device or MACE no such precision."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r}: cpu or cuda is expected ({error})") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+    if default_dtype not in ("", "float32", "float64"):
+        raise ConfigError(f"default_dtype={default_dtype!r}: float32 or float64 is needed")
+
+
+def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:
+    places = [(m.atomic_numbers.tolist(), list(getattr(m, "heads", []))) for m in committee]
+    for place, folder in zip(places, key, strict=True):
+        if place != places[0]:
+            raise ConfigError(
+                f"{key[0]} and {folder} can't be a committee: their elements and heads are "
+                f"{places[0]} and {place}"
+            )

@@ -1,0 +1,72 @@
+"""E0s as a user gives them: mistakes are told, and more elements than the run has do no harm."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mace_lora.errors import ConfigError, DataError
+from mace_lora.frames.checks import symbols
+from mace_lora.upstream import names as upstream
+
+
+@contextlib.contextmanager
+def gaps_told() -> Iterator[None]:
+    """Raises DataError where isolated atoms give E0s for some elements, others having none."""
+    try:
+        yield
+    except KeyError as error:
+        if "atomic_energies_dict" not in str(error):
+            raise
+        raise DataError(
+            "the training files hold isolated atoms (config_type=IsolatedAtom), from which E0s are "
+            f"taken, but not of every element ({error.args[0]}): add the others, or remove these "
+            "and give --E0s"
+        ) from error
+
+
+class AtomicEnergies:
+    """Our functions between `--E0s` and the model."""
+
+    def __init__(self) -> None:
+        self._elements: list[int] = []  # of the columns of the array
+
+    @staticmethod
+    def read(E0s: str, train_collection: Any, z_table: Any) -> dict[int, float]:
+        """Upstream's `get_atomic_energies`, whose errors are about its own lines.
+
+        Raises:
+            ConfigError: no word, table or file of E0s, or an element of the run is not in it.
+        """
+        original = upstream.original("atomic_energies")
+        try:
+            found = original(E0s, train_collection, z_table)
+            energies = {int(z): float(energy) for z, energy in found.items()}
+        except Exception as error:  # of ast, json, the file system, a fit
+            raise ConfigError(
+                f"--E0s={E0s} can't be used ({error}): give estimated, average or foundation, a "
+                "table such as '{1: -13.6, 8: -2041.8}' by atomic number, or a .json file of one"
+            ) from error
+        wrong = [z for z, energy in energies.items() if not math.isfinite(energy)]
+        if wrong:
+            raise ConfigError(f"--E0s={E0s}: the energy of {symbols(wrong)} is not finite")
+        missing = [int(z) for z in z_table.zs if int(z) not in energies]
+        if missing:
+            raise ConfigError(f"--E0s={E0s} gives no energy for {symbols(missing)}")
+        return energies
+
+    def as_array(self, input_data: Any, heads: list[str]) -> np.ndarray:
+        """Upstream's `dict_to_array`; remembers which elements the columns are."""
+        tables = [t for t in input_data.values() if isinstance(t, dict)]
+        self._elements = sorted({int(z) for table in tables for z in table})
+        return upstream.original("energies_as_array")(input_data, heads)
+
+    def of_elements(self, energies: np.ndarray | None, elements: list[int]) -> np.ndarray | None:
+        """The columns of `elements`; upstream keeps all that were given, and fails in the model."""
+        if energies is None or energies.shape[-1] == len(elements):
+            return energies
+        return energies[:, [self._elements.index(int(z)) for z in elements]]

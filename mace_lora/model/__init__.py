@@ -1,0 +1,1 @@
+"""A model with adapters: which weights they change, attaching and merging them, their files."""

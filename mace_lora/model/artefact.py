@@ -1,0 +1,231 @@
+"""The adapter directory: `adapter_model.safetensors` and `adapter_config.json`, nothing executable.
+
+The tensors are the adapter's factors by `<weight>.<factor>`. The configuration says which method
+with which options, which base model they belong to (by fingerprint), and what else the fine-tuning
+changed (elements kept, E0s, scale and shift, heads), so that base and adapter give exactly the
+merged model. A key that is not known is an error: ignoring it would change predicted energies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mace_lora.config import AdapterConfig
+from mace_lora.errors import ArtefactError, ConfigError
+from mace_lora.files import whole_folder
+from mace_lora.model.injection import adapter_parameters
+
+FORMAT = 1
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_KEYS = {"format", "versions", "method", "options", "base", "model"}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The content of an adapter directory.
+
+    Attributes:
+        config: method and options.
+        tensors: the factors, by `<weight>.<factor>`.
+        base: which model to start from: its name, class, fingerprint, and the head taken from it.
+        model: the model that was adapted: its fingerprint, elements, heads, E0s (eV), scale, shift.
+        versions: of the packages that wrote it.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    base: dict[str, Any]
+    model: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write(
+    folder: str | Path,
+    config: AdapterConfig,
+    tensors: dict[str, torch.Tensor],
+    base: dict[str, Any],
+    model: dict[str, Any],
+) -> None:
+    """Write the directory whole or not at all; an older adapter of the same name is replaced.
+
+    Raises:
+        ArtefactError: something else has that name, which is left as it is.
+    """
+    check_free(folder)
+    content = {
+        "format": FORMAT,
+        "versions": versions(),
+        **config.to_json(),
+        "base": base,
+        "model": model,
+    }
+    with whole_folder(folder) as new:
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(plain, new / TENSORS)
+        (new / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # safetensors lets the owner alone read what it writes; colleagues read adapters too
+        (new / TENSORS).chmod((new / CONFIG).stat().st_mode)
+        for other in Path(folder).glob("*"):  # notes that someone has put beside the adapter
+            if other.is_file() and other.name not in (TENSORS, CONFIG):
+                shutil.copy2(other, new)
+
+
+def check_free(folder: str | Path) -> None:
+    """Raises ArtefactError where an adapter can't be written without loss of something else."""
+    folder = Path(folder)
+    if folder.is_dir():
+        inside = {path.name for path in folder.iterdir()}
+        if inside and CONFIG not in inside:
+            raise ArtefactError(
+                f"{folder} is a folder with other files in it ({', '.join(sorted(inside)[:3])}), "
+                "no adapter directory: name another for the adapter; nothing was overwritten"
+            )
+        if any(path.is_dir() for path in folder.iterdir()):
+            raise ArtefactError(f"{folder} holds folders: name another for the adapter")
+    elif folder.exists():
+        raise ArtefactError(f"{folder} is a file: name another folder for the adapter")
+
+
+def read(folder: str | Path) -> Artefact:
+    """Read and check an adapter directory. Nothing in it can run code.
+
+    Raises:
+        ArtefactError: a file is missing, unreadable, of a newer format, or has unknown keys.
+    """
+    if not isinstance(folder, (str, Path)):
+        raise ArtefactError(
+            f"an adapter is named by the path of its directory, found {type(folder).__name__}"
+        )
+    folder = Path(folder)
+    if folder.is_file():
+        raise ArtefactError(f"{folder} is a file; an adapter is a directory with {CONFIG} in it")
+    content = _read_config(folder / CONFIG)
+    try:
+        config = AdapterConfig.from_json(
+            {"method": content["method"], "options": content["options"]}
+        )
+    except (ConfigError, TypeError) as error:
+        raise ArtefactError(f"{folder / CONFIG}: {error}") from None
+    try:
+        tensors = load_file(folder / TENSORS)
+    except FileNotFoundError:
+        raise ArtefactError(f"{folder} has no {TENSORS}: is it an adapter directory?") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtefactError(f"{folder / TENSORS} can't be read: {error}") from None
+    return Artefact(config, tensors, content["base"], content["model"], content["versions"])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"no {path}: is {path.parent} an adapter directory?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} holds no table of settings")
+    version = content.get("format")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        raise ArtefactError(
+            f"{path} is of format {version!r}; this version of mace_lora reads 1 to {FORMAT}"
+        )
+    if set(content) != _KEYS:
+        missing, unknown = sorted(_KEYS - set(content)), sorted(set(content) - _KEYS)
+        raise ArtefactError(f"{path}: missing keys {missing}, unknown keys {unknown}")
+    for key in ("base", "model", "versions"):
+        if not isinstance(content[key], dict):
+            raise ArtefactError(f"{path}: {key!r} must be a table, found {content[key]!r}")
+    for key in ("base", "model"):
+        _check_description(f"{path}: {key}", content[key])
+    return content
+
+
+def _check_description(where: str, table: dict[str, Any]) -> None:
+    """Raises ArtefactError unless `table` describes a model as `host.models.describe` does."""
+    numbers, heads = table.get("atomic_numbers"), table.get("heads")
+    checks = {
+        "fingerprint": isinstance(table.get("fingerprint"), str),
+        "dtype": table.get("dtype") in ("float32", "float64"),
+        "atomic_numbers": _is_list_of(numbers, int)
+        and all(0 < z < 119 for z in numbers)
+        and len(set(numbers)) == len(numbers),
+        "heads": _is_list_of(heads, str),
+    }
+    for key in ("atomic_energies", "scale", "shift"):
+        checks[key] = key in table
+    if all(checks.values()):
+        energies, size = table.get("atomic_energies"), (len(heads), len(numbers))
+        checks["atomic_energies"] = energies is None or (
+            _is_list_of(energies, list)
+            and len(energies) == size[0]
+            and all(_is_list_of(row, float) and len(row) == size[1] for row in energies)
+        )
+        for key in ("scale", "shift"):
+            values = table.get(key)
+            checks[key] = values is None or (
+                _is_list_of(values, float) and len(values) in (1, len(heads))
+            )
+    wrong = [key for key, fine in checks.items() if not fine]
+    if wrong:
+        key = wrong[0]
+        raise ArtefactError(f"{where}: {key!r} is missing or wrong: {str(table.get(key))[:80]}")
+
+
+def _is_list_of(values: Any, kind: type) -> bool:
+    """A non-empty list of this kind; floats must be finite."""
+    if not isinstance(values, list) or not values:
+        return False
+    if not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+        return False
+    return kind is not float or all(math.isfinite(v) for v in values)
+
+
+def split_factor(name: str) -> tuple[str, str]:
+    """`<weight>.<factor>` in its two parts: factors are called `A.0`, `B.0`, `D`, `shift_bias`."""
+    head, _, last = name.rpartition(".")
+    if last.isdigit():
+        head, _, factor = head.rpartition(".")
+        last = f"{factor}.{last}"
+    return head, last
+
+
+@torch.no_grad()
+def load_factors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy factors into the adapters of `model`: all of them, and no others.
+
+    Raises:
+        ArtefactError: names or shapes differ; `model` is left as it was.
+    """
+    own = adapter_parameters(model)
+    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or unknown:
+        raise ArtefactError(
+            f"the adapter doesn't fit the model: {len(missing)} factors missing "
+            f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])})"
+        )
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise ArtefactError(
+                f"factor {name} has shape {tuple(tensors[name].shape)} in the file and "
+                f"{tuple(parameter.shape)} in the model"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise ArtefactError(f"factor {name} holds values that are not finite")
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+
+
+def versions() -> dict[str, str]:
+    """Of the packages on which the numbers depend."""
+    return {name: metadata.version(name) for name in ("mace-lora", "mace-torch", "torch", "e3nn")}

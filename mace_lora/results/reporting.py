@@ -1,0 +1,207 @@
+"""What a run leaves for people: a parity picture, and a page with all that a colleague asks."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+
+from mace_lora.config import AdapterConfig
+from mace_lora.model import artefact
+from mace_lora.model.description import describe
+from mace_lora.model.report import InjectionReport
+from mace_lora.results.evaluation import (
+    UNITS,
+    Errors,
+    Frames,
+    errors,
+    frames_of,
+    predict,
+    read_frames,
+)
+from mace_lora.results.page import Page
+from mace_lora.results.pictures import parity
+from mace_lora.results.progress import History
+from mace_lora.upstream import names as upstream
+from mace_lora.upstream import predicting
+
+# More frames than this of one set are not predicted again for the page
+MOST_FRAMES = 500
+
+
+def write(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    n_training: int,
+    config: AdapterConfig,
+    injected: InjectionReport,
+    history: History,
+    model: torch.nn.Module,
+    valid_sets: dict[str, Any],
+    files: Callable[[], dict[str, str]],
+) -> Path:
+    """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
+
+    Args:
+        args: the parsed flags, as upstream takes them.
+        given: the same before upstream has filled them in.
+        n_training: number of training frames.
+        config: the adapter.
+        injected: what was adapted, and the counts.
+        history: validation errors by epoch.
+        model: the merged model of the last stage.
+        valid_sets: validation data sets by head.
+        files: gives what the run left, and what each is.
+    """
+    folder, name = Path(args.model_dir), args.name
+    sets = [
+        (frames, {name: predict(model, frames, args.valid_batch_size, head)})
+        for head, frames in _labelled(args, model, valid_sets)
+    ]
+    picture, path = folder / f"{name}_parity.png", folder / f"{name}_report.html"
+    if sets:
+        parity(sets, picture, title=f"{name}: predictions of the merged model")
+    page = Page(
+        name,
+        f"{args.foundation_model} fine-tuned with {config.method} on {date.today()}; {_versions()}",
+    )
+    _results(page, args, history, sets, name)
+    page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
+    page.picture(picture, "predictions against labels")
+    _data(page, args, n_training, model, sets)
+    _method(page, config, injected)
+    _use(page, args, {**files(), str(path): "this page"})
+    _settings(page, given)
+    page.write(path)
+    return path
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version}" for name, version in artefact.versions().items())
+
+
+def _labelled(
+    args: argparse.Namespace, model: torch.nn.Module, valid_sets: dict[str, Any]
+) -> list[tuple[str, Frames]]:
+    """Validation and test frames, some of them where there are many, each with its head."""
+    found = []
+    for head, dataset in valid_sets.items():
+        atoms = predicting.atoms_of(dataset, model, MOST_FRAMES)
+        label = "validation" if len(valid_sets) == 1 else f"validation, {head}"
+        if atoms:
+            found.append((head, frames_of(atoms, label)))
+    if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
+        keys = {q: getattr(args, f"{q}_key") for q in ("energy", "forces", "stress")}
+        test = read_frames(args.test_file, keys, most=MOST_FRAMES)
+        found.append((list(valid_sets)[-1], test))
+    return found
+
+
+def _results(
+    page: Page, args: argparse.Namespace, history: History, sets: list[Any], name: str
+) -> None:
+    page.section("Results")
+    changes = [
+        [*([head] if len(history.heads()) > 1 else []), f"{label}, {unit}", *_two(before, best)]
+        for head in history.heads()
+        for label, unit, before, best in history.changes(head)
+    ]
+    if changes:
+        named = len(changes[0]) - 2
+        page.table([*([""] * (named - 1)), "validation", "before", "after"], changes, left=named)
+    rows = []
+    for frames, predictions in sets:
+        for row in errors(frames, predictions[name]):
+            rows.append([frames.name, _label(row), row.count, *_cells(row)])
+    units = [f"{q} {kind}, {UNITS[q]}" for q in UNITS for kind in ("MAE", "RMSE")]
+    used = [i for i in range(len(units)) if any(row[3 + i] for row in rows)]
+    page.table(
+        ["set", "", "frames or atoms", *(units[i] for i in used)],
+        [[*row[:3], *(row[3 + i] for i in used)] for row in rows],
+        left=2,
+    )
+
+
+def _two(*values: float) -> list[str]:
+    return [f"{value:.1f}" for value in values]
+
+
+def _label(row: Errors) -> str:
+    return {"all": "all", "group": row.name, "element": f"atoms of {row.name}"}[row.part]
+
+
+def _cells(row: Errors) -> list[str]:
+    return [f"{k[q]:.2f}" if q in k else "" for q in UNITS for k in (row.mae, row.rmse)]
+
+
+def _data(
+    page: Page, args: argparse.Namespace, n_training: int, model: torch.nn.Module, sets: list[Any]
+) -> None:
+    page.section("Data")
+    elements = ", ".join(chemical_symbols[int(z)] for z in model.atomic_numbers)
+    facts = {"training": f"{args.train_file} ({n_training} frames)"}
+    facts["validation"] = args.valid_file or f"{args.valid_fraction:g} of the training file"
+    if args.test_file:
+        facts["test"] = args.test_file
+    facts |= {"elements": elements, "heads": ", ".join(getattr(model, "heads", ["Default"]))}
+    description = describe(model)
+    for head, row in zip(description["heads"], description["atomic_energies"] or [], strict=False):
+        pairs = zip(description["atomic_numbers"], row, strict=True)
+        facts[f"E0s (eV), {head}"] = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in pairs)
+    page.facts(facts)
+    shown = sum(len(frames.atoms) for frames, _ in sets)
+    page.text(f"Errors and pictures are of {shown} frames, at most {MOST_FRAMES} of each set.")
+
+
+def _method(page: Page, config: AdapterConfig, injected: InjectionReport) -> None:
+    page.section("Adapter")
+    page.text(injected.counts())
+    default = type(config.options)()
+    changed = {
+        f.name: " ".join(map(str, value)) if isinstance(value, tuple) else value
+        for f in fields(config.options)
+        if (value := getattr(config.options, f.name)) != getattr(default, f.name)
+    }
+    page.facts({"method": config.method, **(changed or {"options": "all at their defaults"})})
+    rows = [[part, *(f"{n:,}" for n in row)] for part, row in injected.parts.items()]
+    page.table(["part of the model", "parameters", "trained", "adapted layers"], rows)
+    if injected.skipped:
+        page.text("Not adapted, frozen as they are:")
+        page.points(injected.not_adapted())
+
+
+def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
+    page.section("Files and how to use them")
+    page.table([], list(files.items()), left=2)
+    folder = Path(args.model_dir)
+    stage = "_stagetwo" if (folder / f"{args.name}_stagetwo.model").exists() else ""
+    merged = folder / f"{args.name}{stage}.model"
+    adapter = folder / f"{args.name}{stage}_adapter"
+    page.code(
+        "# the merged model\n"
+        "from mace.calculators import MACECalculator\n"
+        f'calculator = MACECalculator("{merged}", default_dtype="{args.default_dtype}")\n\n'
+        "# the adapter alone, on its foundation model\n"
+        "from mace_lora import MaceLoraCalculator\n"
+        f'calculator = MaceLoraCalculator(base="{args.foundation_model}", adapter="{adapter}")\n\n'
+        "# in a shell\n"
+        f"mace_lora info {adapter}\n"
+        f"mace_create_lammps_model {merged}"
+    )
+
+
+def _settings(page: Page, given: dict[str, Any]) -> None:
+    page.section("Settings")
+    page.code(" ".join(map(shlex.quote, ["mace_run_train", *sys.argv[1:]])))
+    parser = upstream.module("mace.tools.arg_parser").build_default_arg_parser()
+    page.facts(
+        {key: value for key, value in sorted(given.items()) if value != parser.get_default(key)}
+    )

@@ -1,0 +1,1 @@
+"""The epochs of a run: the order of its frames, its steps, several processes, signals."""

@@ -1,0 +1,145 @@
+"""Several processes: who they are, how they talk, and which frames are whose.
+
+mace-torch 0.3.16 knows nccl only, so that `--distributed` fails on CPUs, and finds the processes by
+a flag whose default (`--launcher=slurm`) is wrong under torchrun. Only gradients of trainable
+parameters, which are the adapters', are communicated: DistributedDataParallel leaves frozen ones
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mace_lora.errors import ConfigError
+from mace_lora.training.epochs.order import Part
+from mace_lora.upstream import names as upstream
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Set `--distributed` and `--launcher` to what the environment says.
+
+    Raises:
+        ConfigError: a combination that can't work.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        args.launcher = "torchrun"
+        args.distributed = True
+    if not args.distributed:
+        return
+    if args.launcher == "torchrun" and "RANK" not in os.environ:
+        raise ConfigError(
+            "--distributed --launcher=torchrun: start the command with torchrun, for example "
+            "torchrun --nproc_per_node=2 -m mace_lora train ..."
+        )
+    if args.launcher == "slurm" and "SLURM_PROCID" not in os.environ:
+        raise ConfigError(
+            "--distributed takes --launcher=slurm by default, but this is no task of SLURM: start "
+            "it with srun, or with torchrun"
+        )
+    local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if args.device == "cuda" and 0 < gpus < local:
+        raise ConfigError(
+            f"--device=cuda: {local} processes on this machine, and {gpus} GPU"
+            f"{'s' * (gpus > 1)}: each process takes one of its own, and talks to the others "
+            f"through nccl; torchrun --nproc_per_node={gpus}, or --device=cpu, which takes gloo"
+        )
+    if args.lbfgs:
+        raise ConfigError(
+            "--lbfgs with several processes: mace-torch sums the loss over them and averages the "
+            "gradients, so that the line search can't work; use one process"
+        )
+
+
+def init(args: argparse.Namespace) -> tuple[int, int, int]:
+    """mace-torch's `init_distributed`, for CPUs too: rank, rank on this machine, processes."""
+    original = upstream.original("init_distributed")
+    if args.distributed and args.device == "cpu" and args.launcher != "none":
+        if args.launcher == "slurm":  # sets RANK and the others from SLURM's variables
+            upstream.module("mace.tools.slurm_distributed").DistributedEnvironment()
+        if not dist.is_initialized():
+            dist.init_process_group(backend="gloo", init_method="env://")
+    return original(args)
+
+
+def parallel(model: torch.nn.Module, device_ids: list[int] | None = None) -> torch.nn.Module:
+    """DistributedDataParallel, for CPUs too.
+
+    Buffers are the same everywhere and stay so; mace-torch sends them around before each forward,
+    and hangs where one process validates one batch more than another.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return upstream.original("ddp")(
+        model, device_ids=None if on_cpu else device_ids, broadcast_buffers=False
+    )
+
+
+def count(distributed: bool) -> int:
+    """How many processes train together."""
+    return which(distributed)[1]
+
+
+def which(distributed: bool) -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+
+
+def any_of_us(asked: bool, device: Any, distributed: bool) -> bool:
+    """Whether `asked` holds in any process; all must call this at the same step."""
+    if not distributed:
+        return asked
+    flag = torch.tensor(float(asked), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def wait_for_all(distributed: bool) -> None:
+    """Returns when every process has come here."""
+    if distributed:
+        dist.barrier()
+
+
+def share_frames(loader: Any, rank: int, distributed: bool) -> None:
+    """Give each process its part of a validation set.
+
+    Whole batches of the order that one process would have, so that the loss is the same;
+    mace-torch's sampler leaves out the frames that don't divide evenly.
+    """
+    if distributed:
+        loader.batch_sampler.sampler = Part(
+            len(loader.dataset), loader.batch_size, rank, count(distributed)
+        )
+
+
+class _OfThisProcess(torch.nn.Module):
+    """A loss over the frames at hand, without asking the other processes for theirs."""
+
+    def __init__(self, loss_fn: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def forward(self, ref: Any, pred: Any) -> torch.Tensor:
+        return self.loss_fn(ref=ref, pred=pred, ddp=False)
+
+
+def validation_metrics(loss_fn: torch.nn.Module) -> torch.nn.Module:
+    """mace-torch's `MACELoss`, whose sums are over all processes anyway.
+
+    mace-torch's losses add up over processes by themselves, batch by batch: right in training, but
+    in a validation the loss comes out as many times too large as there are processes, and the run
+    hangs where one of them has a batch more than another. It also sums up each batch by itself,
+    for numbers that nobody reads; here batches are only added.
+    """
+    several = dist.is_available() and dist.is_initialized()
+    metrics = upstream.original("metrics")(_OfThisProcess(loss_fn) if several else loss_fn)
+    metrics.forward = lambda *batch: (metrics.update(*batch), None)
+    return metrics
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -1,0 +1,132 @@
+"""Around each optimiser step: warm-up of the learning rate, gradients of several batches, dropout.
+
+mace-torch's `take_step` is called as it is, with some of its arguments in disguise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mace_lora.config import RunOptions
+from mace_lora.model.injection import adapters
+
+Step = Callable[..., tuple[Any, dict[str, Any]]]
+
+
+class Steps:
+    """The steps of one run.
+
+    Args:
+        options: warm-up and accumulation.
+        steps_per_epoch: batches in an epoch; its last step takes what is left of them.
+    """
+
+    def __init__(self, options: RunOptions, steps_per_epoch: int = 1) -> None:
+        self.options = options
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.batches = 0  # in all
+        self._drawing: list[torch.nn.Module] | None = None
+
+    def begin(self, steps_per_epoch: int, done: int) -> None:
+        """Training begins, or goes on.
+
+        Args:
+            steps_per_epoch: batches in an epoch.
+            done: batches that an earlier part of this run has done.
+        """
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.batches = done
+
+    def gradients_wait(self) -> bool:
+        """Whether the optimiser has yet to move after the last batch: no moment to stop at."""
+        return (self.batches % self.steps_per_epoch) % self.options.accumulate != 0
+
+    def take(self, step: Step, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+        """One batch: `step` is mace-torch's `take_step`, and these are its arguments."""
+        with self._warm(keywords["optimizer"]), self._dropout(keywords["model"]):
+            if self.options.accumulate == 1:
+                return step(**keywords)
+            return self._accumulate(step, keywords)
+
+    # ------------------------------------------------------------------ warm-up
+
+    @contextmanager
+    def _warm(self, optimiser: torch.optim.Optimizer) -> Iterator[None]:
+        """Lower learning rates during the first `warmup_steps` steps, rising in a straight line."""
+        done = steps_done(optimiser) if self.options.warmup_steps else 0
+        if done >= self.options.warmup_steps:
+            yield
+            return
+        rates = [group["lr"] for group in optimiser.param_groups]
+        for group in optimiser.param_groups:
+            group["lr"] = group["lr"] * (done + 1) / self.options.warmup_steps
+        try:
+            yield
+        finally:
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    # ------------------------------------------------------------------ dropout
+
+    @contextmanager
+    def _dropout(self, model: torch.nn.Module) -> Iterator[None]:
+        """Adapters draw random numbers in training steps alone: mace-torch knows no modes."""
+        if self._drawing is None:
+            self._drawing = [adapter for _, adapter in adapters(model) if adapter.draws]
+        for adapter in self._drawing:
+            adapter.train()
+        try:
+            yield
+        finally:
+            for adapter in self._drawing:
+                adapter.eval()
+
+    # ------------------------------------------------------------------ accumulation
+
+    def _accumulate(self, step: Step, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Gradients of several batches before the optimiser moves, as of one large batch."""
+        place = self.batches % self.steps_per_epoch
+        self.batches += 1
+        first = place - place % self.options.accumulate
+        size = min(self.options.accumulate, self.steps_per_epoch - first)
+        last = place - first == size - 1
+        loss_fn = keywords["loss_fn"]
+        keywords = {
+            **keywords,
+            "loss_fn": lambda pred, ref: loss_fn(pred=pred, ref=ref) / size,
+            "optimizer": _Held(keywords["optimizer"], place == first, last),
+        }
+        if not last:  # clipping and averages belong to the whole step
+            keywords |= {"max_grad_norm": None, "ema": None}
+        loss, metrics = step(**keywords)
+        return loss * size, {**metrics, "loss": metrics["loss"] * size}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """An optimiser that forgets gradients before the first of several batches alone, and moves
+    after the last."""
+
+    optimiser: torch.optim.Optimizer
+    first: bool
+    last: bool
+
+    def zero_grad(self, *positional: Any, **keywords: Any) -> None:
+        if self.first:
+            self.optimiser.zero_grad(*positional, **keywords)
+
+    def step(self) -> None:
+        if self.last:
+            self.optimiser.step()
+
+
+def steps_done(optimiser: torch.optim.Optimizer) -> int:
+    """How often `optimiser` has moved its parameters, from its own state: restarts keep it."""
+    counts = [float(state["step"]) for state in optimiser.state.values() if "step" in state]
+    counts += [float(group["k"]) for group in optimiser.param_groups if "k" in group]
+    return int(max(counts, default=0))

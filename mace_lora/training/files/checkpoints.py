@@ -1,0 +1,345 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened, and no more.
+
+In the checkpoints folder, `<tag>` being mace-torch's `<name>_run-<seed>`:
+
+- `<tag>_latest.pt`: adapters, optimiser, schedulers, EMA, random states, order of the frames, place
+  in the epoch, patience, best weights so far, validation errors so far. Not the frozen base: its
+  fingerprint. Tensors and plain values only, read with `weights_only`.
+- `<tag>_previous.pt`: the one before, for the case that the latest can't be read.
+- `<tag>_best_adapter/` (`<tag>_stagetwo_best_adapter/`): the best adapter so far, for people.
+- `<tag>_epoch-N_adapter/`: the adapter after each epoch with `--save_all_checkpoints`, after each
+  improvement with `--keep_checkpoints`.
+
+`loop` is everywhere the `loop.Loop` whose state is written or restored.
+
+All are written whole or not at all. mace-torch's checkpoints hold the whole model, are written in
+place after the old one was removed, and don't know where in the run they were written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mace_lora.errors import CheckpointError
+from mace_lora.files import whole_file
+from mace_lora.model.injection import adapter_parameters
+from mace_lora.training.files import identity, writing
+from mace_lora.upstream import names as upstream
+
+FORMAT = 1
+# Stages by whether mace-torch asks for the second one
+_STAGES = {False: "stage_one", True: "stage_two"}
+
+
+class Checkpoints:
+    """What stands in the place of mace-torch's CheckpointHandler.
+
+    Args:
+        args: the run's flags.
+        run: says who the run is, see `identity.of_run`.
+        write_adapter: writes an adapter directory: (folder, factors by name).
+        history: validation errors so far; stored and restored.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        run: Callable[[], dict[str, Any]],
+        write_adapter: Callable[[Path, dict[str, torch.Tensor]], None],
+        history: list[Any],
+    ) -> None:
+        self.args = args
+        self.stage_two = False  # which stage is in the model, once training is over
+        self._run = run
+        self._write_adapter = write_adapter
+        self._history = history
+        self._best: dict[str, dict[str, Any]] = {}
+        self._folder, self._tag = Path(args.checkpoints_dir or "."), ""
+        self._ours = False  # whether the file called latest is of this very run
+        self._trained = False
+        self.last_written = ""
+
+    def open(self, directory: str, tag: str, **_: Any) -> Checkpoints:
+        """In the place of the constructor of mace-torch's CheckpointHandler."""
+        self._folder, self._tag = Path(directory), tag
+        return self
+
+    @property
+    def latest(self) -> Path:
+        return self._folder / f"{self._tag}_latest.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self._folder / f"{self._tag}_previous.pt"
+
+    # ------------------------------------------------------------------ writing
+
+    def write(self, loop: Any) -> None:
+        """
+        Raises:
+            CheckpointError: disk full, no permission, ...; older checkpoints are as they were.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            following = self.latest.with_name(f"{self._tag}_next.pt")
+            with whole_file(following) as new:
+                upstream.original("save")(self._state(loop), new)  # ours would be whole twice
+            if self._ours and self.latest.exists():
+                os.replace(self.latest, self.previous)
+            elif not self._ours:  # of an earlier run: never to be mistaken for one of this run
+                self.previous.unlink(missing_ok=True)
+            os.replace(following, self.latest)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            raise self._not_written(self.latest, error) from error
+        self._ours = True
+        at = loop.at
+        self.last_written = f"epoch {at.epoch}, step {at.steps}"
+
+    def _not_written(self, path: Path, error: Exception) -> CheckpointError:
+        kept = (
+            f"Training up to {self.last_written} is safe in {self.latest}"
+            if self.last_written
+            else "No checkpoint of this run had been written before"
+        )
+        return CheckpointError(
+            f"checkpoint {path} can't be written: {writing.reason(error)}. {kept}; nothing else "
+            "was touched. Make room or mend the folder, then continue with --restart_latest"
+        )
+
+    def _identity(self, loop: Any) -> dict[str, Any]:
+        return {**self._run(), "data": identity.of_data(loop)}
+
+    def _state(self, loop: Any) -> dict[str, Any]:
+        ema, swa = loop.ema, loop.swa
+        results = Path(loop.logger.path)
+        return {
+            "format": FORMAT,
+            "run": self._identity(loop),
+            "progress": asdict(loop.at),
+            "adapter": {n: p.detach().cpu() for n, p in adapter_parameters(loop.model).items()},
+            "optimizer": loop.optimizer.state_dict(),
+            "scheduler": _plain(loop.scheduler.state_dict()),
+            "stage_two_scheduler": None if swa is None else _plain(swa.scheduler.state_dict()),
+            "ema": None
+            if ema is None
+            else {"num_updates": ema.num_updates, "shadow": ema.shadow_params},
+            "random": _random_states(),
+            "order": loop.order.state if loop.at.steps else loop.order.now(),
+            "best": self._best,
+            "history": list(self._history),
+            "results_size": results.stat().st_size if results.exists() else 0,
+        }
+
+    def keep(self, loop: Any, best: bool) -> None:
+        """Note the weights of an epoch (averaged, where there is EMA), the best for the end.
+
+        Raises:
+            CheckpointError: the adapter directory can't be written.
+        """
+        epoch, stage_two = loop.at.epoch, loop.at.stage_two
+        own = {n: p.detach().cpu().clone() for n, p in adapter_parameters(loop.model).items()}
+        folders = []
+        if best:
+            self._best[_STAGES[stage_two]] = {
+                "epoch": epoch,
+                "loss": loop.at.valid_loss,
+                "adapter": own,
+            }
+            stage = "_stagetwo" if stage_two else ""
+            folders.append(self._folder / f"{self._tag}{stage}_best_adapter")
+        if loop.keep_all or self.args.keep_checkpoints:
+            folders.append(self._folder / f"{self._tag}_epoch-{epoch}_adapter")
+        for folder in folders:
+            try:
+                self._write_adapter(folder, own)
+            except Exception as error:  # safetensors has an error class of its own for a full disk
+                raise self._not_written(folder, error) from error
+
+    # ------------------------------------------------------------------ reading
+
+    def restore(self, loop: Any) -> bool:
+        """Put the state of the latest checkpoint into `loop`; False where there is none to take.
+
+        Raises:
+            CheckpointError: no checkpoint can be read, or it belongs to another run.
+        """
+        if loop.rank == 0:
+            self._sweep()
+        if not self.args.restart_latest:
+            if self.latest.exists():
+                logging.warning(
+                    f"{self.latest} of an earlier run is replaced after the first epoch; "
+                    "to continue that run give --restart_latest"
+                )
+            return False
+        path, state = self._read()
+        if state is None:
+            logging.info(f"No checkpoint {self.latest}: starting from the beginning")
+            return False
+        here = self._identity(loop)
+        differing = identity.apart(state["run"], here, state["progress"])
+        if differing:
+            raise CheckpointError(
+                f"checkpoint {path} was written by another run: {'; '.join(differing)}. "
+                "Give the flags of that run, or another --name, or remove the file"
+            )
+        try:
+            self._put(loop, state)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {path} does not fit this run: {error}") from error
+        identity.say_what_is_new(state["run"], here)
+        at = loop.at
+        self._ours = path == self.latest
+        self.last_written = f"epoch {at.epoch}, step {at.steps}"
+        logging.info(f"Continuing from {path} at epoch {at.epoch}, step {at.steps}")
+        return True
+
+    def _sweep(self) -> None:
+        """Remove the halves of files that a killed run of this name left (see `files`)."""
+        for half in self._folder.glob(f".{self._tag}_*.??*"):
+            shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[Path, dict[str, Any] | None]:
+        failed: list[str] = []
+        for path in (self.latest, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if state["format"] != FORMAT:
+                    raise ValueError(f"it is of format {state['format']!r}, not {FORMAT}")
+            except Exception as error:  # whatever a damaged file makes torch raise
+                failed.append(f"{path} can't be read ({_short(error)})")
+                continue
+            if failed:
+                logging.warning(f"{failed[0]}: falling back to {path}, the one before")
+            elif path == self.previous:
+                logging.warning(f"{self.latest} is missing: falling back to {path}")
+            return path, state
+        if failed:
+            raise CheckpointError(
+                f"{'; '.join(failed)}: there is nothing to continue from. Leave out "
+                "--restart_latest to start from the beginning"
+            )
+        foreign = sorted(self._folder.glob(f"{self._tag}_epoch-*.pt"))
+        if foreign:
+            raise CheckpointError(
+                f"{foreign[-1]} is a checkpoint of mace-torch: it holds neither the state of the "
+                "adapters' run nor the order of the frames, and can't be continued from. "
+                "Give another --name, or leave out --restart_latest"
+            )
+        return self.latest, None
+
+    def _put(self, loop: Any, state: dict[str, Any]) -> None:
+        _copy(adapter_parameters(loop.model), state["adapter"])
+        fresh = [dict(group) for group in loop.optimizer.param_groups]
+        loop.optimizer.load_state_dict(state["optimizer"])
+        loop.scheduler.load_state_dict(state["scheduler"])
+        if loop.swa is not None and state["stage_two_scheduler"] is not None:
+            loop.swa.scheduler.load_state_dict(state["stage_two_scheduler"])
+        if loop.ema is not None:
+            known = {"decay": loop.ema.decay, "collected_params": None}
+            shadow = {"shadow_params": state["ema"]["shadow"]}
+            numbers = {"num_updates": state["ema"]["num_updates"]}
+            loop.ema.load_state_dict({**known, **shadow, **numbers})
+        identity.apply_new_rates(loop, fresh, state["run"]["free"], self.args)
+        for name, value in state["progress"].items():
+            setattr(loop.at, name, value)
+        loop.order.restore(state["order"])
+        self._best = state["best"]
+        self._history[:] = [tuple(row) for row in state["history"]]
+        if loop.rank == 0:
+            _cut(Path(loop.logger.path), state["results_size"])
+        _restore_random_states(state["random"])
+
+    # ------------------------------------------------------------------ the end of a run
+
+    def training_is_over(self) -> None:
+        """From now on `load_latest` gives the best weights."""
+        self._trained = True
+
+    def load_latest(self, state: Any, swa: bool | None = False, **_: Any) -> int | None:
+        """mace-torch calls this before training, for a restart, and after it, for the result.
+
+        Before training nothing is loaded here: optimiser, EMA and loader don't exist yet; see
+        `restore`. After it the best weights of this run come from memory, and not, as in
+        mace-torch, from whichever file of that name has the highest epoch.
+
+        Returns:
+            The epoch of the weights.
+        """
+        if not self._trained:
+            return None
+        self.stage_two = bool(swa)
+        best = self._best.get(_STAGES[self.stage_two])
+        if best is None and self._best:
+            logging.warning("No epoch of this stage was validated: taking the other stage's best")
+            best = next(iter(self._best.values()))
+        if best is None:
+            return None
+        _copy(adapter_parameters(state.model), best["adapter"])
+        return int(best["epoch"])
+
+    def save(self, *_: Any, **__: Any) -> None:
+        """mace-torch's own loop would call this; `loop` writes by `write` and `keep`."""
+        raise AssertionError("mace-torch's training loop runs in the place of ours")
+
+
+@torch.no_grad()
+def _copy(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    if set(parameters) != set(values):
+        raise ValueError(f"adapters {sorted(set(parameters) ^ set(values))[:3]} are in one only")
+    for name, parameter in parameters.items():
+        if parameter.shape != values[name].shape:
+            raise ValueError(f"{name}: {tuple(values[name].shape)}, not {tuple(parameter.shape)}")
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Without functions, which older schedulers keep in their state."""
+    return {key: value for key, value in state.items() if not callable(value)}
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _cut(results: Path, size: int) -> None:
+    """Take lines away that were written after the checkpoint: they are about to come again."""
+    if results.exists() and results.stat().st_size > size:
+        os.truncate(results, size)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 200 else text[:200] + " ..."

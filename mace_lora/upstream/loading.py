@@ -1,0 +1,155 @@
+"""Foundation models in: the embedded one, names that mace-torch downloads, files."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mace_lora.errors import FoundationModelError, did_you_mean
+from mace_lora.model import artefact
+from mace_lora.upstream import mini
+from mace_lora.upstream import names as upstream
+
+MINI = "mini"
+_PARTS = ("r_max", "atomic_numbers", "node_embedding", "interactions", "products", "readouts")
+
+
+def upstream_names() -> list[str]:
+    """Names of foundation models that mace-torch downloads by itself."""
+    run_train = upstream.module("mace.cli.run_train")
+    named = [*run_train.mace_mp_names, *run_train.polar_model_names]
+    return sorted({n for n in named if n} | {"small_off", "medium_off", "large_off", "mace_omol"})
+
+
+def is_ours(name: str) -> bool:
+    """Whether `load` loads this model, rather than mace-torch: `mini` and files."""
+    return name not in upstream_names()
+
+
+def given(
+    base: torch.nn.Module | str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    flag: str = "",
+    copy: bool = False,
+) -> torch.nn.Module:
+    """A model that a caller names, or gives as it is; the arguments are those of `load`.
+
+    Returns:
+        The model itself where it fits already and no `copy` is asked for, or a new one.
+
+    Raises:
+        FoundationModelError: neither a model, nor a name or path of one.
+    """
+    if not isinstance(base, torch.nn.Module):
+        return load(base, device or "cpu", dtype, flag)
+    own = next(base.parameters())
+    fits = (dtype in (None, own.dtype)) and (device is None or torch.device(device) == own.device)
+    return base if fits and not copy else deepcopy(base).to(device=device, dtype=dtype)
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    flag: str = "foundation_model",
+) -> torch.nn.Module:
+    """A foundation model: `mini`, one that mace-torch knows by name, or a `.model` file.
+
+    Args:
+        name: a name or path. A file is a pickle, which can run code: open only those you trust.
+        device: where to put it.
+        dtype: cast to this precision; None keeps the file's.
+        flag: what messages call it; empty for its name alone.
+
+    Raises:
+        FoundationModelError: no such file or name, or the file holds no MACE model.
+    """
+    if not isinstance(name, (str, Path)):
+        raise FoundationModelError(
+            f"a foundation model is named by a text or a path (mini, medium_off, a .model file), "
+            f"found {type(name).__name__}"
+        )
+    if dtype not in (None, torch.float32, torch.float64):
+        raise FoundationModelError(f"dtype={dtype!r}: torch.float32 or torch.float64 is needed")
+    name = str(name)
+    if name == MINI:
+        model = mini.build(dtype)
+    elif is_ours(name):
+        model = _load_file(name, device, flag)
+    else:
+        model = _load_named(name, device, dtype or torch.float64)
+    model = model.to(device)
+    return model if dtype is None else model.to(dtype)
+
+
+def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A model that mace-torch downloads, or finds in its cache."""
+    try:
+        return _from_upstream(name, device, dtype)
+    except Exception as error:  # of a dozen kinds, from the network to unpickling
+        raise FoundationModelError(
+            f"--foundation_model={name}: mace-torch can't load it: "
+            f"{type(error).__name__}: {error}. Without a network, download its file "
+            "elsewhere and give the path"
+        ) from error
+
+
+def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    keywords = {"device": str(device), "default_dtype": str(dtype).removeprefix("torch.")}
+    if name in upstream.module("mace.cli.run_train").polar_model_names:
+        return upstream.original("mace_polar")(model=name, return_raw_model=True, **keywords)
+    if name == "mace_omol":
+        return upstream.original("mace_omol")(**keywords).models[0]
+    if name.endswith("_off"):
+        return upstream.original("mace_off")(model=name.removesuffix("_off"), **keywords).models[0]
+    return upstream.original("mace_mp")(model=name, **keywords).models[0]
+
+
+def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
+    path = Path(name).expanduser()
+    called = f"--{flag}={name}" if flag else name
+    if path.is_dir():
+        hint = " (an adapter goes to --adapter, beside its base model)"
+        raise FoundationModelError(
+            f"{called} is a folder; expected a .model file, or a name"
+            + hint * (path / artefact.CONFIG).exists()
+        )
+    if not path.is_file():
+        raise FoundationModelError(
+            f"{called}: there is no such file, and no model of that name; "
+            f"{did_you_mean(name, [MINI, *upstream_names()])}"
+        )
+    try:
+        model = torch.load(path, map_location=device, weights_only=False)
+    except Exception as error:  # whatever unpickling a foreign file raises
+        raise FoundationModelError(
+            f"{called}: the file can't be read as a model "
+            f"({type(error).__name__}: {error}); expected a .model file saved by MACE"
+        ) from error
+    problem = _not_a_mace_model(model)
+    if problem:
+        raise FoundationModelError(f"{called}: {problem}")
+    return model
+
+
+def _not_a_mace_model(model: Any) -> str | None:
+    if isinstance(model, torch.jit.ScriptModule):
+        return (
+            "a compiled TorchScript model, which can't be fine-tuned; "
+            "give the .model file that was saved beside it"
+        )
+    if isinstance(model, dict):
+        return "a checkpoint or a state dict, no model; give the .model file of that run"
+    missing = [p for p in _PARTS if not hasattr(model, p)]
+    if missing:
+        return f"no MACE model: a {type(model).__name__} without {', '.join(missing)}"
+    if any(type(m).__module__.startswith("cuequivariance") for m in model.modules()):
+        return (
+            "a model in cuequivariance's format; convert it first with mace_cueq_to_e3nn, "
+            "and train with --enable_cueq=True"
+        )
+    return None

@@ -1,0 +1,120 @@
+"""Frames as mace-torch's batches, and what a model predicts for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import ase
+import torch
+
+from mace_lora.upstream import names as upstream
+from mace_lora.upstream.precision import default_dtype
+
+# Outputs that are compared when a merge is proved; a model gives some of them
+OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
+
+
+def predict(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    device: str | torch.device | None = None,
+    compute_stress: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Energies (eV), forces (eV/A) and whatever else of OUTPUTS the model gives, over `batches`."""
+    extra = {"compute_stress": True} if compute_stress else {}
+    device = device or next(model.parameters()).device
+    results: dict[str, list[torch.Tensor]] = {}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:  # forces need a graph to positions, not to parameters
+            parameter.requires_grad = False
+        for batch in batches:
+            output = model(batch.to(device).to_dict(), training=False, **extra)
+            for key in OUTPUTS:
+                if output.get(key) is not None:
+                    results.setdefault(key, []).append(output[key].detach())
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
+    return {key: torch.cat(values) for key, values in results.items()}
+
+
+def largest_difference(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Per output of both: the largest difference, absolute and relative to the largest value."""
+    found = {}
+    for key in (k for k in one if k in other):
+        difference = (one[key] - other[key]).abs().max().item() if one[key].numel() else 0.0
+        size = one[key].abs().max().item() if one[key].numel() else 1.0
+        found[key] = (difference, difference / max(size, torch.finfo(one[key].dtype).tiny))
+    return found
+
+
+def batch_of(dataset: Any, n_frames: int) -> list[Any]:
+    """The first `n_frames` of a data set as one batch (a list of one), or an empty list."""
+    geometric = upstream.module("mace.tools.torch_geometric")
+    items = [dataset[i] for i in range(min(n_frames, len(dataset)))]
+    return [geometric.Batch.from_data_list(items)] if items else []
+
+
+def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
+    """The first frames of a data set of mace-torch as `ase.Atoms`, labelled by the default keys."""
+    numbers = model.atomic_numbers.cpu()
+    found = []
+    for i in range(min(n_frames, len(dataset))):
+        data = dataset[i]
+        atoms = ase.Atoms(
+            numbers[data.node_attrs.argmax(dim=1)].numpy(),
+            data.positions.numpy(),
+            cell=None if data.cell is None else data.cell.reshape(3, 3).numpy(),
+            pbc=None if data.pbc is None else data.pbc.reshape(3).numpy(),
+        )
+        for name, place in (("energy", atoms.info), ("forces", atoms.arrays)):
+            if getattr(data, name) is not None and float(getattr(data, f"{name}_weight")):
+                place[f"REF_{name}"] = getattr(data, name).numpy()
+        if data.stress is not None and float(data.stress_weight):
+            atoms.info["REF_stress"] = data.stress.reshape(3, 3).numpy()
+        found.append(atoms)
+    return found
+
+
+def frames_to_batch(
+    frames: Iterable[Any], model: torch.nn.Module, head: str | None = None, **keys: str
+) -> Any:
+    """ASE frames as one batch for `model`, in its precision, on its device.
+
+    Args:
+        frames: `ase.Atoms` with labels under mace-torch's default keys (REF_energy, REF_forces).
+        model: gives elements, cutoff and heads.
+        head: of the model, the last one if None.
+        keys: other names for the labels, `energy_key="energy"` for example.
+    """
+    batches = upstream.module("mace.tools.torch_geometric").Batch
+    with default_dtype(next(model.parameters()).dtype):
+        batch = batches.from_data_list(frames_to_data(frames, model, head, **keys))
+    return batch.to(next(model.parameters()).device)
+
+
+def frames_to_data(
+    frames: Iterable[Any], model: torch.nn.Module, head: str | None = None, **keys: str
+) -> list[Any]:
+    """ASE frames as a data set of mace-torch; the arguments are those of `frames_to_batch`."""
+    data = upstream.module("mace.data")
+    defaults = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
+    specification = data.update_keyspec_from_kwargs(data.KeySpecification(), {**defaults, **keys})
+    table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
+    heads = getattr(model, "heads", None) or ["Default"]
+    with default_dtype(next(model.parameters()).dtype):
+        return [
+            data.AtomicData.from_config(
+                data.config_from_atoms(
+                    atoms, key_specification=specification, head_name=head or heads[-1]
+                ),
+                z_table=table,
+                cutoff=float(model.r_max),
+                heads=heads,
+            )
+            for atoms in frames
+        ]

@@ -1,0 +1,107 @@
+"""A foundation model made into what a run starts from: other elements, E0s, one head."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+
+from mace_lora.errors import FoundationModelError, did_you_mean
+from mace_lora.model.description import restore_constants
+from mace_lora.upstream import names as upstream
+from mace_lora.upstream.precision import default_dtype
+
+
+def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """Raises FoundationModelError where mace-torch can't start this fine-tuning from `model`."""
+    called, kind = f"--foundation_model={args.foundation_model}", type(model).__name__
+    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
+    if "error" in config:
+        raise FoundationModelError(
+            f"{called}: a {kind}, from which mace-torch can't start a fine-tuning: it takes "
+            "ScaleShiftMACE, MACELES and PolarMACE"
+        )
+    if kind in ("MACELES", "PolarMACE") and args.model != kind:
+        raise FoundationModelError(f"{called}: a {kind}; give --model={kind} too")
+    heads, head = getattr(model, "heads", None) or [], args.foundation_head
+    if head is not None and len(heads) > 1 and head not in heads:
+        raise FoundationModelError(
+            f"{called} has no head {head!r} (--foundation_head); {did_you_mean(head, heads)}"
+        )
+
+
+def architecture(model: torch.nn.Module) -> dict[str, Any]:
+    """What a person wants to know of the architecture; empty where mace-torch doesn't tell it."""
+    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
+    found = {}
+    for key in ("interaction_cls_first", "interaction_cls"):
+        if key in config:
+            found[key] = config[key].__name__
+    for key in ("num_interactions", "hidden_irreps", "MLP_irreps", "max_ell", "correlation"):
+        if key in config:
+            found[key] = str(config[key])
+    return found
+
+
+def specialise(foundation: torch.nn.Module, description: dict[str, Any]) -> torch.nn.Module:
+    """The model that a fine-tuning run starts from: `foundation` with the run's elements and E0s.
+
+    Args:
+        foundation: a one-head foundation model (see `one_head`); it is not changed.
+        description: as `describe` gave it for the model of the run.
+
+    Raises:
+        FoundationModelError: the run has elements that the foundation model lacks.
+    """
+    table = upstream.module("mace.tools").AtomicNumberTable
+    numbers = [int(z) for z in description["atomic_numbers"]]
+    known = {int(z) for z in foundation.atomic_numbers}
+    if not set(numbers) <= known:
+        raise FoundationModelError(
+            f"the adapter is for elements {numbers}; this base model knows {sorted(known)}"
+        )
+    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(foundation)
+    if "error" in config:
+        raise FoundationModelError(f"a {type(foundation).__name__} can't be rebuilt: {config}")
+    heads = list(description["heads"])
+    config |= {
+        "atomic_energies": np.array(description["atomic_energies"]),
+        "atomic_numbers": numbers,
+        "num_elements": len(numbers),
+        "heads": heads,
+        "atomic_inter_scale": [1.0] * len(heads),
+        "atomic_inter_shift": [0.0] * len(heads),
+    }
+    dtype = getattr(torch, description["dtype"])
+    with default_dtype(dtype):
+        model = type(foundation)(**config)
+        upstream.module("mace.tools.finetuning_utils").load_foundations_elements(
+            model,
+            foundation,
+            table(numbers),
+            load_readout=True,
+            max_L=config["hidden_irreps"].lmax,
+            default_dtype=dtype,
+        )
+    restore_constants(model, description)
+    return model.to(next(foundation.parameters()).device)
+
+
+def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module:
+    """The model with only `head` of its heads, as mace-torch takes it for fine-tuning.
+
+    Raises:
+        FoundationModelError: it has several, and none of this name.
+    """
+    heads = list(getattr(model, "heads", None) or [])
+    if len(heads) <= 1:
+        return model
+    if head is not None and head not in heads:
+        raise FoundationModelError(
+            f"the model has no head {str(head)!r}; {did_you_mean(str(head), heads)}"
+        )
+    dtype = next(model.parameters()).dtype
+    with default_dtype(dtype):
+        return upstream.module("mace.tools.scripts_utils").remove_pt_head(model, head)

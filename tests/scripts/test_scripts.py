@@ -1,0 +1,63 @@
+"""The scripts and configurations that the README names, run for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mace_lora import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_configurations_are_understood(path):
+    args, config, _ = cli.parse(["--config", str(path)])
+    content = yaml.safe_load(path.read_text())
+    adapter = content.pop("adapter", None) or ("lora" if content.pop("lora", False) else None)
+    assert (config.method if config else None) == adapter
+    assert {key: getattr(args, key) for key in content} == content
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    if not (Path(sys.prefix) / "bin" / "activate").exists():
+        pytest.skip("not in a virtual environment")
+    done = subprocess.run(
+        [ROOT / "scripts" / "quickstart.sh", f"--work_dir={tmp_path}", "--max_num_epochs=6"],
+        env={**os.environ, "VENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "force MAE" in done.stdout
+    for file in ("ethanol.model", "ethanol_compiled.model", "ethanol_learning_curve.png"):
+        assert (tmp_path / file).exists()
+        assert str(tmp_path / file) in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["init", "mini"])
+def test_study(tmp_path, study):
+    """Two epochs of every variant: the table has a row for each."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "scripts" / "study.py"), study),
+            *("--out", str(tmp_path), "--epochs=2", "--eval_interval=1", "--dtype=float32"),
+            *("--only", "rank 4"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + {"init": 5, "mini": 1}[study]
+    assert "rank 4" in lines[2]
