@@ -20,11 +20,33 @@ line, training is `mace_run_train` and everything else `mace_lora`.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # for editors and mypy, which read this and run nothing
+    from mace_lora.api.calculator import MaceLoraCalculator as MaceLoraCalculator
+    from mace_lora.api.extraction import extract as extract
+    from mace_lora.api.extraction import unmerge as unmerge
+    from mace_lora.api.files import inject_lora as inject_lora
+    from mace_lora.api.files import load_adapter as load_adapter
+    from mace_lora.api.files import load_foundation as load_foundation
+    from mace_lora.api.files import merge_lora_weights as merge_lora_weights
+    from mace_lora.api.files import save_adapter as save_adapter
+    from mace_lora.api.switching import combine_adapters as combine_adapters
+    from mace_lora.api.switching import print_trainable_parameters as print_trainable_parameters
+    from mace_lora.api.switching import set_adapter as set_adapter
+    from mace_lora.config import AdapterConfig as AdapterConfig
+    from mace_lora.errors import MaceLoraError as MaceLoraError
+    from mace_lora.model.injection import adapter_parameters as adapter_parameters
+    from mace_lora.model.injection import disable_adapter as disable_adapter
+    from mace_lora.model.injection import inject as inject
+    from mace_lora.model.merging import merge as merge
+    from mace_lora.model.merging import unload as unload
+    from mace_lora.model.report import InjectionReport as InjectionReport
 
-# Imported on first use, so that `mace_lora doctor` can speak even where torch is broken
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it here
+
+# Where each name is. It is imported on first use: the command line answers before torch is
+# imported, and `mace_lora doctor` even where torch is broken
 _EXPORTS = {
     "AdapterConfig": "mace_lora.config",
     "InjectionReport": "mace_lora.model.report",
@@ -49,7 +71,7 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'mace_lora' has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

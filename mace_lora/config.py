@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mace_lora.adapters.registry import get_method
+from mace_lora.adapters.registry import options_of
 from mace_lora.errors import ConfigError, did_you_mean
 
 # How a step is computed: name -> for whom
@@ -98,7 +98,7 @@ class AdapterConfig:
         Raises:
             ConfigError: unknown method, preset or option, or a value that makes no sense.
         """
-        kind, presets = get_method(method).Options, get_method(method).presets
+        kind, presets = options_of(method), options_of(method).presets
         if preset is not None:
             if preset not in presets:
                 known = did_you_mean(preset, presets) if presets else "it has none"

@@ -61,6 +61,10 @@ class UnsupportedUpstream(MaceLoraError, RuntimeError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence listing `known`, with the closest match to `name` if there is one."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"known: {', '.join(known)}.{hint}"
+    return f"known: {', '.join(known)}. {closest(name, known)}".rstrip()
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The question whether the closest match to `name` was meant; empty where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else ""

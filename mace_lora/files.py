@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; how large they are."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if not path.exists():
                 os.replace(old / path.name, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    path = Path(path)
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())
 
 
 def _sync(path: Path) -> None:

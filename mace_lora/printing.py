@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Any, TypeAlias
 
 from mace_lora.errors import WriteError
+
+# The result of a command, as --json prints it
+Data: TypeAlias = dict[str, Any]
 
 
 def printable() -> None:
@@ -16,14 +20,14 @@ def printable() -> None:
             stream.reconfigure(errors="replace")
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print to standard output; in silence where the reader has gone (`| head`).
 
     Raises:
         WriteError: there is no room for it.
     """
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
     except OSError as error:

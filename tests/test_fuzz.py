@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mace_lora import AdapterConfig, cli, inject, load_adapter, save_adapter
-from mace_lora.adapters.registry import METHODS, get_method
+from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.errors import ArtefactError, MaceLoraError
 from mace_lora.model import artefact
 from mace_lora.model.artefact import CONFIG, TENSORS
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.testing import randomise_
-from mace_lora.training.run import build_parser
+from mace_lora.upstream.known import build_parser
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 quickly = settings(
@@ -180,7 +180,7 @@ def test_a_configuration_that_is_none(adapter, text):
         load_adapter(base, folder)
 
 
-OURS = [f"--{m}_{f.name}" for m in METHODS for f in get_method(m).Options.fields()]
+OURS = [f"--{m}_{f.name}" for m in METHODS for f in options_of(m).fields()]
 THEIRS = [a.option_strings[-1] for a in build_parser()._actions if a.option_strings]
 flags = st.sampled_from([*OURS, "--adapter", "--lora", "--accumulate", "--warmup_steps"])
 words = (

@@ -3,119 +3,33 @@
 An adapter is a parametrisation (`torch.nn.utils.parametrize`) of a tensor of a layer, so the layer
 keeps its class, its code and its place, and merging means writing the effective weight down. Where
 the mathematics needs the layer's input, an `OutputAdapter` wraps the layer instead. Facts about a
-method are data on its class, asked by those who need them.
+method are data on its class, asked by those who need them; its options are in `options.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn.utils import parametrize
 
 from mace_lora.adapters.layout import Site, WeightLayout
-from mace_lora.errors import ConfigError, did_you_mean
-
-_BIASES = ("none", "adapted", "all")
-
-
-def option(default: Any, help: str, **flag: Any) -> Any:
-    """A dataclass field that is also a flag `--<method>_<name>` and a key of `adapter_config.json`.
-
-    `flag` goes to `add_argument` (choices, nargs, type, metavar).
-    """
-    return field(default=default, metadata={"help": help, **flag})
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """Options that all methods have. A method derives its own from this."""
-
-    targets: tuple[str, ...] = option(
-        ("default",),
-        "which layers to adapt: presets (default, all, linear, dense, radial, skip, contraction) "
-        "and regular expressions over layer names, space-separated; any match counts",
-        nargs="+",
-        type=str,
-    )
-    exclude: tuple[str, ...] = option(
-        (), "layers to leave alone among the targets, in the same words", nargs="+", type=str
-    )
-    modules_to_save: tuple[str, ...] = option(
-        (),
-        "what is trained in full and saved with the adapter: regular expressions over the names of "
-        "weights, such as readouts, scale_shift.shift or atomic_energies",
-        nargs="+",
-        type=str,
-    )
-    bias: str = option(
-        "none",
-        "biases to train in full: none, those of the adapted layers, or all of the model",
-        choices=_BIASES,
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "modules_to_save"):
-            self._check_texts(name)
-        if not self.targets:
-            raise ConfigError("targets=(): one or more non-empty texts are needed")
-        if self.bias not in _BIASES:
-            raise ConfigError(f"bias={self.bias}: {did_you_mean(str(self.bias), _BIASES)}")
-        self.check()
-
-    def _check_texts(self, name: str) -> None:
-        """Make the option a tuple of non-empty texts, or raise ConfigError.
-
-        A dictionary stands for its `key=value`, as PEFT takes patterns.
-        """
-        value = getattr(self, name)
-        if isinstance(value, Mapping):
-            value = [f"{key}={number}" for key, number in value.items()]
-        if not isinstance(value, Iterable):
-            raise ConfigError(f"{name}={value!r}: one or more non-empty texts are needed")
-        texts = (value,) if isinstance(value, str) else tuple(value)
-        object.__setattr__(self, name, texts)
-        if not all(isinstance(t, str) and t for t in texts):
-            raise ConfigError(f"{name}={texts!r}: one or more non-empty texts are needed")
-
-    def for_layer(self, name: str) -> AdapterOptions:
-        """The options of one layer, where patterns make them differ."""
-        return self
-
-    def layer_patterns(self) -> tuple[str, ...]:
-        """Regular expressions that must each match an adapted layer."""
-        return ()
-
-    def check(self) -> None:
-        """Raises ConfigError, as `<option>=<value>: <reason>`, where a value makes no sense."""
-
-    def to_json(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    @classmethod
-    def fields(cls) -> tuple[Field, ...]:
-        return fields(cls)
+from mace_lora.adapters.options import AdapterOptions
+from mace_lora.errors import ConfigError
 
 
 class Adapter(torch.nn.Module):
     """The change of one weight. Its parameters, all of them, are what is trained.
 
     Class facts:
-        Options: dataclass of the method's options, a subclass of `AdapterOptions`.
         mergeable: the effective weight does not depend on the input.
         kinds: kinds of layers (`blocks.KINDS`) that the method adapts; the target preset "all".
-        presets: options under a name, for those who don't want to choose.
         default_kinds: those of them that the target preset "default" means.
     """
 
-    Options: ClassVar[type[AdapterOptions]] = AdapterOptions
     mergeable: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial", "skip", "contraction")
     default_kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial")
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
         super().__init__()

@@ -15,33 +15,19 @@ it. `rank=0` leaves the direction alone: W_eff = (1 + g) W, the smallest adapter
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from mace_lora.adapters.base import option
 from mace_lora.adapters.layout import WeightLayout
 from mace_lora.adapters.low_rank import (
     LowRank,
-    LowRankOptions,
     blocks_of_groups,
     group_parts,
 )
-
-
-@dataclass(frozen=True)
-class DoraOptions(LowRankOptions):
-    """Options of `--adapter=dora`."""
-
-    rank: int = option(4, "rank of the direction's update; 0 trains the magnitudes alone")
-
-    lowest_rank = 0
+from mace_lora.adapters.options import DoraOptions
 
 
 class Dora(LowRank):
     """A gain per output copy of every irrep, over LoRA's direction."""
-
-    Options = DoraOptions
 
     def __init__(self, layout: WeightLayout, options: DoraOptions) -> None:
         super().__init__(layout, options, group_parts(layout, options) if options.rank else [])

@@ -11,27 +11,15 @@ are trained in full. There the frequencies are in no optimiser group and never m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from mace_lora.adapters.base import Adapter, option
+from mace_lora.adapters.base import Adapter
 from mace_lora.adapters.layout import Site
-from mace_lora.adapters.low_rank import LowRankOptions, PathUpdate, path_update
-
-
-@dataclass(frozen=True)
-class EloraOptions(LowRankOptions):
-    """Options of `--adapter=elora`; the published code has rank and alpha fixed at 16."""
-
-    rank: int = option(16, "rank of each path's update; capped at what the path can use")
-    alpha: float = option(16.0, "the update is scaled by alpha / rank")
-    cap: bool = option(True, "cap the rank at what a path can use (the published code: False)")
-    simplify: bool = option(True, "neighbouring inputs of one irrep make one path")
+from mace_lora.adapters.low_rank import PathUpdate, path_update
+from mace_lora.adapters.options import EloraOptions
 
 
 class Elora(PathUpdate):
     """A and B per path of one weight."""
 
-    Options = EloraOptions
     kinds = ("linear", "dense", "radial", "skip", "contraction", "basis")
     default_kinds = kinds
 

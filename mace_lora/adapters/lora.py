@@ -12,36 +12,20 @@ mace-torch's own `--lora` for equal factors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 import torch
 
 from mace_lora.adapters.layout import WeightLayout
 from mace_lora.adapters.low_rank import (
     LowRank,
-    LowRankOptions,
     blocks_of_groups,
     group_parts,
     groups_of_blocks,
 )
-
-
-@dataclass(frozen=True)
-class LoraOptions(LowRankOptions):
-    """Options of `--adapter=lora`; rank and alpha are mace-torch's own flags."""
+from mace_lora.adapters.options import LoraOptions
 
 
 class Lora(LowRank):
     """A and B per irrep of one weight."""
-
-    Options = LoraOptions
-    # Chosen on aspirin, acetylacetone and ethanol from `mini`, see this folder's README
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "small-data": {"rank": 4, "alpha": 4.0, "targets": ("default",)},
-        "balanced": {"rank": 6, "alpha": 6.0, "targets": ("all",)},
-        "max-accuracy": {"rank": 16, "alpha": 8.0, "targets": ("all",)},
-    }
 
     def __init__(self, layout: WeightLayout, options: LoraOptions) -> None:
         super().__init__(layout, options, group_parts(layout, options))

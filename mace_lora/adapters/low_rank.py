@@ -7,131 +7,14 @@ the factors, capping the rank at what a matrix can use, and the sum.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from mace_lora.adapters.base import Adapter, AdapterOptions, option
+from mace_lora.adapters.base import Adapter
 from mace_lora.adapters.layout import Site, WeightLayout
-from mace_lora.errors import ConfigError, did_you_mean
-
-INITS: dict[str, str] = {
-    "normal": "A normal, unit variance in each layer's own normalisation",
-    "small": "A normal with std 1e-3 everywhere (what mace-torch documents)",
-    "upstream": "std 1 in equivariant layers, 1e-3 in dense ones (what mace-torch 0.3.16 does)",
-    "kaiming": "A uniform with bound sqrt(1 / fan-in) (what PEFT does)",
-    "orthogonal": "A with orthogonal columns of the length that 'normal' gives them on average",
-}
-
-
-@dataclass(frozen=True)
-class LowRankOptions(AdapterOptions):
-    """Rank, alpha and initialisation."""
-
-    rank: int = option(4, "rank of the update; capped at what a layer can use")
-    alpha: float = option(1.0, "the update is scaled by alpha / rank")
-    init: str = option(
-        "normal",
-        "how A starts (B is zero): " + "; ".join(f"{k}: {v}" for k, v in INITS.items()),
-        choices=tuple(INITS),
-    )
-    rslora: bool = option(
-        False, "scale by alpha / sqrt(rank), so that higher ranks learn as fast (rsLoRA)"
-    )
-    rank_pattern: tuple[str, ...] = option(
-        (),
-        "other ranks for some layers, as PATTERN=RANK with a regular expression over layer names; "
-        "the first that matches counts",
-        nargs="+",
-        type=str,
-    )
-    alpha_pattern: tuple[str, ...] = option(
-        (), "other alphas for some layers, as PATTERN=ALPHA", nargs="+", type=str
-    )
-    dropout: float = option(
-        0.0,
-        "probability that a step leaves an input copy of an irrep out of the update: whole copies, "
-        "never components, the same for all atoms of a batch",
-    )
-    lr_ratio: float = option(1.0, "learning rate of B, as a multiple of that of A (LoRA+)")
-
-    lowest_rank = 1
-
-    def check(self) -> None:
-        check_rank("rank", self.rank, self.lowest_rank)
-        check_alpha("alpha", self.alpha)
-        for name in ("rank_pattern", "alpha_pattern"):
-            self._check_texts(name)
-            for text in getattr(self, name):
-                self._pattern(name, text)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout}: a number from 0 to below 1 is needed")
-        if not _is_number(self.lr_ratio) or not self.lr_ratio > 0:
-            raise ConfigError(f"lr_ratio={self.lr_ratio}: a finite number above 0 is needed")
-        if self.init not in INITS:
-            raise ConfigError(f"init={self.init}: {did_you_mean(str(self.init), INITS)}")
-
-    def _pattern(self, name: str, text: str) -> tuple[str, Any]:
-        """`PATTERN=VALUE` as both, checked."""
-        pattern, _, value = text.rpartition("=")
-        try:
-            re.compile(pattern)
-            number = int(value) if name == "rank_pattern" else float(value)
-        except (re.error, ValueError) as error:
-            raise ConfigError(f"{name}={text}: PATTERN=NUMBER is needed ({error})") from None
-        if not pattern:
-            raise ConfigError(f"{name}={text}: PATTERN=NUMBER is needed")
-        if name == "rank_pattern":
-            check_rank(f"{name}={pattern}", number, self.lowest_rank)
-        else:
-            check_alpha(f"{name}={pattern}", number)
-        return pattern, number
-
-    def for_layer(self, name: str) -> LowRankOptions:
-        values = {"rank_pattern": (), "alpha_pattern": ()}
-        for option_, key in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-            pairs = (self._pattern(option_, text) for text in getattr(self, option_))
-            found = [value for pattern, value in pairs if re.search(pattern, name)]
-            if found:
-                values[key] = found[0]
-        return replace(self, **values)
-
-    def layer_patterns(self) -> tuple[str, ...]:
-        return tuple(
-            self._pattern(name, text)[0]
-            for name in ("rank_pattern", "alpha_pattern")
-            for text in getattr(self, name)
-        )
-
-    @property
-    def scaling(self) -> float:
-        """What A B is multiplied by: alpha / rank, or alpha / sqrt(rank) with `rslora`."""
-        if not self.rank:
-            return 0.0
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
-
-
-def check_rank(name: str, value: object, lowest: int = 1) -> None:
-    """Raises ConfigError unless `value` is a whole number of `lowest` or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise ConfigError(f"{name}={value}: a whole number of {lowest} or more is needed")
-
-
-def check_alpha(name: str, value: object) -> None:
-    """Raises ConfigError unless `value` is a finite number other than 0."""
-    if not _is_number(value) or value == 0:
-        raise ConfigError(
-            f"{name}={value}: a finite number other than 0 is needed, "
-            "since the update is scaled by alpha / rank"
-        )
+from mace_lora.adapters.options import AdapterOptions, LowRankOptions
 
 
 @dataclass(frozen=True)

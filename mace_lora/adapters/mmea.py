@@ -20,71 +20,15 @@ rows that nothing uses.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 
-from mace_lora.adapters.base import Adapter, AdapterOptions, OutputAdapter, option
+from mace_lora.adapters.base import Adapter, OutputAdapter
 from mace_lora.adapters.layout import IrrepBlock, Site, WeightLayout
-from mace_lora.adapters.low_rank import LowRankOptions, check_alpha, check_rank, path_update
-from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.adapters.low_rank import path_update
+from mace_lora.adapters.options import MMEA_STD, LowRankOptions, MmeaOptions
 
-GATES = ("exp", "res")
-INITS = ("auto", "zero", "normal", "uniform")
 # |c| stays below this before exp: gates lie between 1/148 and 148
 BOUND = 5.0
-# The standard deviation that the published code documents for init=normal
-STD = 0.001
-
-
-@dataclass(frozen=True)
-class MmeaOptions(AdapterOptions):
-    """Options of `--adapter=mmea`.
-
-    The published code takes rank, std and gate from the environment: MMEA_RANK, MMEA_STD, MMEA_PHI.
-    """
-
-    rank: int = option(16, "size of the hidden layer of the gates")
-    std: float = option(0.0, f"standard deviation of S with init=normal; {STD} if left out")
-    init: str = option(
-        "auto",
-        "how S, the weight of the scalar shifts, starts: zero (a fresh adapter is the identity), "
-        "normal, or uniform (torch's default, and the published code's); auto is zero, or normal "
-        "where std is given",
-        choices=INITS,
-    )
-    gate: str = option("exp", "g(c) for l > 0: exp(c), bounded, or res, 1 + c", choices=GATES)
-    lora_rank: int = option(16, "rank of the ELoRA updates of the other layers")
-    lora_alpha: float = option(16.0, "these updates are scaled by alpha / rank")
-    reference: bool = option(
-        False, "as the published code: uniform start, unbounded gates, shifted 0o, uncapped ranks"
-    )
-
-    def check(self) -> None:
-        check_rank("rank", self.rank)
-        check_rank("lora_rank", self.lora_rank)
-        check_alpha("lora_alpha", self.lora_alpha)
-        for name, known in (("init", INITS), ("gate", GATES)):
-            if getattr(self, name) not in known:
-                value = str(getattr(self, name))
-                raise ConfigError(f"{name}={value}: {did_you_mean(value, known)}")
-        number = isinstance(self.std, (int, float)) and not isinstance(self.std, bool)
-        if not number or not math.isfinite(self.std) or self.std < 0:
-            raise ConfigError(f"std={self.std}: a finite number of 0 or more is needed")
-        if self.std and self.init in ("zero", "uniform"):
-            raise ConfigError(
-                f"std={self.std} contradicts --mmea_init={self.init}: give one of them"
-            )
-
-    @property
-    def start(self) -> str:
-        """How S starts: zero, normal or uniform."""
-        if self.init != "auto":
-            return self.init
-        if self.std:
-            return "normal"
-        return "uniform" if self.reference else "zero"
 
 
 class Mmea(OutputAdapter):
@@ -95,7 +39,6 @@ class Mmea(OutputAdapter):
     scale_bias, C and b_c. Where there is nothing to shift or to scale, those two are None.
     """
 
-    Options = MmeaOptions
     kinds = ("linear", "dense", "radial", "skip", "contraction", "basis")
     default_kinds = kinds
 
@@ -136,7 +79,7 @@ class Mmea(OutputAdapter):
         self.hidden_weight.uniform_(-(n_in**-0.5), n_in**-0.5)
         if self.shift_weight is not None:
             if self.options.start == "normal":
-                self.shift_weight.normal_(std=self.options.std or STD)
+                self.shift_weight.normal_(std=self.options.std or MMEA_STD)
             elif self.options.start == "uniform":
                 self.shift_weight.uniform_(-(rank**-0.5), rank**-0.5)
 

@@ -2,7 +2,11 @@
 
 A command is a module with a docstring (its help), `EXAMPLES`, `add_arguments(parser)`,
 `run(options)`, which does the work and returns plain data, and `text(data)`, which puts it in
-words. Exit codes: 0 done, 1 refused or failed (the reason is on stderr), 2 wrong usage.
+words. What is heavy (torch, mace, ase, matplotlib) it imports where it works, not at its top, so
+that its help and the complaint about a missing file come at once.
+
+Exit codes: 0 done, 1 refused or failed (the reason is on stderr), or the result has `problems`,
+2 wrong usage.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ import importlib
 import json
 import logging
 from collections.abc import Sequence
+from typing import Protocol, cast
 
-from mace_lora.printing import say
+from mace_lora import parsing
+from mace_lora.printing import Data, say
 
 # name -> what it does, in a line
 COMMANDS = {
@@ -22,8 +28,43 @@ COMMANDS = {
     "unmerge": "merged model - adapter -> the model that the run started from",
     "extract": "the best low-rank adapter of a fully fine-tuned model",
     "eval": "errors on labelled frames, several adapters side by side",
+    "doctor": "what is installed, what works, what doesn't, in plain words",
+    "completion": "flags and files at the press of Tab, in bash, zsh and tcsh",
 }
 _EXIT_CODES = "exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage"
+
+
+class Command(Protocol):
+    """What a module of this folder offers."""
+
+    __doc__: str | None
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, options: argparse.Namespace) -> Data: ...
+
+    def text(self, data: Data) -> str: ...
+
+
+def command(name: str) -> Command:
+    """The command called `name`."""
+    return cast(Command, importlib.import_module(f"mace_lora.commands.{name}"))
+
+
+def build_parser(name: str, **more: bool) -> argparse.ArgumentParser:
+    """The parser of one command. `more` goes to ArgumentParser."""
+    module = command(name)
+    parser = argparse.ArgumentParser(
+        prog=f"mace_lora {name}",
+        description=module.__doc__,
+        epilog=f"examples:\n{module.EXAMPLES}\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **more,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
 
 def run(name: str, argv: Sequence[str]) -> int:
@@ -32,17 +73,10 @@ def run(name: str, argv: Sequence[str]) -> int:
     Raises:
         MaceLoraError: with the reason why it can't be done.
     """
-    module = importlib.import_module(f"mace_lora.commands.{name}")
-    parser = argparse.ArgumentParser(
-        prog=f"mace_lora {name}",
-        description=module.__doc__,
-        epilog=f"examples:\n{module.EXAMPLES}\n{_EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_args(argv)
+    module = command(name)
+    options = parsing.parse(build_parser(name), argv)
+    parsing.check_named(options)
     logging.getLogger().setLevel(logging.ERROR)  # mace-torch speaks of its loading
     data = module.run(options)
     say(json.dumps(data, indent=2) if options.json else module.text(data))
-    return 0
+    return 1 if data.get("problems") else 0

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from prettytable import PrettyTable
+from typing import TYPE_CHECKING
 
 from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.files import whole_file
-from mace_lora.results.evaluation import KEYS
-from mace_lora.upstream import loading
+
+if TYPE_CHECKING:
+    import torch
+
+# Labels that tools can measure errors of
+QUANTITIES = ("energy", "forces", "stress")
 
 BASE_HELP = (
     "the foundation model: mini, a name that mace-torch downloads (medium_off, ...), or a .model "
@@ -23,6 +24,8 @@ BASE_HELP = (
 
 def load(path: str, flag: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
     """A model that a flag names."""
+    from mace_lora.upstream import loading
+
     return loading.load(path, dtype=dtype, flag=flag)
 
 
@@ -32,6 +35,8 @@ def save(model: torch.nn.Module, path: str) -> None:
     Raises:
         ConfigError: the folder isn't there or can't be written to.
     """
+    import torch
+
     try:
         with whole_file(path) as temporary:
             torch.save(model, temporary)
@@ -56,7 +61,8 @@ def check_folder(path: str, flag: str) -> None:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags about labelled frames."""
-    for quantity, key in KEYS.items():
+    for quantity in QUANTITIES:
+        key = f"REF_{quantity}"
         parser.add_argument(
             f"--{quantity}_key", default=key, help=f"name of the {quantity} (default: {key})"
         )
@@ -67,20 +73,15 @@ def keys(options: argparse.Namespace) -> dict[str, str]:
     """The names of the labels, as `add_data_arguments` gives them."""
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size={options.batch_size}: 1 or more is needed")
-    return {quantity: getattr(options, f"{quantity}_key") for quantity in KEYS}
-
-
-def size(path: str | Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    path = Path(path)
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(f.stat().st_size for f in files if f.is_file())
+    return {quantity: getattr(options, f"{quantity}_key") for quantity in QUANTITIES}
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1, border: bool = True
+    head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1, border: bool = True
 ) -> str:
     """A table in text, its first `left` columns flush left and the others flush right."""
+    from prettytable import PrettyTable
+
     # PrettyTable wants different names, and doesn't mind spaces
     names = [name + " " * list(head)[:i].count(name) for i, name in enumerate(head)]
     made = PrettyTable(names, border=border)

@@ -1,17 +1,23 @@
-"""`mace_lora doctor`: versions, commands, devices, and problems in plain words."""
+"""Say what is installed, what works and what doesn't, in plain words.
+
+Versions of packages, whose mace_run_train is on the PATH, devices, kernels, and whether this
+mace-torch can be hosted. Each problem comes with what to do; with one or more the exit code is 1.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
-from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
 
-from mace_lora.printing import say
+from mace_lora.printing import Data
+
+EXAMPLES = """\
+  mace_lora doctor
+  mace_lora doctor --json
+"""
 
 PACKAGES = (
     *("mace-lora", "mace-torch", "torch", "e3nn", "cuequivariance-torch", "ase", "torch-ema"),
@@ -43,8 +49,13 @@ def whose_command() -> tuple[str | None, bool]:
     return path, "mace_lora" in text
 
 
-def diagnose() -> dict[str, Any]:
-    """Everything that the command prints, as data; `problems` is empty where all is well."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # there are none
+
+
+def run(options: argparse.Namespace) -> Data:
+    """Everything that the command prints; `problems` is empty where all is well."""
+    del options
     versions = installed()
     problems = [f"{name} is not installed" for name, v in versions.items() if v is None]
     path, ours = whose_command()
@@ -120,21 +131,7 @@ def _upstream() -> list[str]:
         return [f"mace-torch can't be imported: {error}"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the diagnosis; 0 where there is no problem, 1 where there is one."""
-    parser = argparse.ArgumentParser(
-        prog="mace_lora doctor",
-        description=__doc__,
-        epilog="exit codes: 0 no problem; 1 problems, each with what to do; 2 wrong usage",
-    )
-    parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
-    options = parser.parse_args(argv)
-    found = diagnose()
-    say(json.dumps(found, indent=2) if options.json else _text(found))
-    return 1 if found["problems"] else 0
-
-
-def _text(found: dict[str, Any]) -> str:
+def text(found: Data) -> str:
     lines = [f"python {found['python']}"]
     lines += [f"  {name:<22} {version or 'missing'}" for name, version in found["versions"].items()]
     whose = "mace-lora's" if found["command_is_ours"] else "NOT mace-lora's"

@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
-from mace_lora.results.evaluation import (
-    FAR,
-    UNITS,
-    Frames,
-    Values,
-    as_json,
-    errors,
-    known_to,
-    predict,
-    read_frames,
-    with_fitted_e0s,
-)
-from mace_lora.results.pictures import parity
+from mace_lora.parsing import ExistingAdapter, ExistingFile
+from mace_lora.upstream.known import ExistingModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from mace_lora.results.evaluation import Frames, Values
 
 EXAMPLES = """\
   mace_lora eval --model ethanol.model --data test.xyz
@@ -38,12 +29,20 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help=common.BASE_HELP)
+    parser.add_argument("--model", required=True, type=ExistingModel, help=common.BASE_HELP)
     parser.add_argument(
-        "--adapter", nargs="+", default=[], help="adapter directories of this model"
+        "--adapter",
+        nargs="+",
+        default=[],
+        type=ExistingAdapter,
+        help="adapter directories of this model",
     )
-    parser.add_argument("--data", required=True, help="labelled frames, in extended xyz")
-    parser.add_argument("--forgetting", help="a second file, to see what was forgotten")
+    parser.add_argument(
+        "--data", required=True, type=ExistingFile, help="labelled frames, in extended xyz"
+    )
+    parser.add_argument(
+        "--forgetting", type=ExistingFile, help="a second file, to see what was forgotten"
+    )
     parser.add_argument("--picture", help="a PNG of predictions against labels, to write")
     parser.add_argument(
         "--metric", choices=["mae", "rmse"], default="mae", help="in the table (default: mae)"
@@ -64,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from mace_lora.results.evaluation import UNITS, known_to, predict, read_frames, with_fitted_e0s
+    from mace_lora.results.pictures import parity
+
     paths = [options.data, *([options.forgetting] if options.forgetting else [])]
     files = [read_frames(p, common.keys(options), options.group_by) for p in paths]
     if options.picture:
@@ -95,6 +97,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _models(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
     """The model and the adapted ones, by the names of their files."""
+    from mace_lora.api.files import load_adapter
+
     found = {Path(options.model).stem: common.load(options.model, "model")}
     for folder in options.adapter:
         name = Path(folder).resolve().name
@@ -107,6 +111,8 @@ def _models(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
 
 
 def _result(path: str, frames: Frames, values: dict[str, Values]) -> dict[str, Any]:
+    from mace_lora.results.evaluation import as_json, errors
+
     return {
         "path": path,
         "frames": len(frames.atoms),
@@ -144,6 +150,8 @@ def _table(results: dict[str, list[dict[str, Any]]], metric: str, quantity: str)
 
 def _offsets(file: dict[str, Any]) -> list[str]:
     """A word on models whose energies are far from the labels, most likely by other E0s."""
+    from mace_lora.results.evaluation import FAR
+
     found = {name: rows[0]["mae"].get("energy", 0.0) for name, rows in file["models"].items()}
     far = [name for name, error in found.items() if error > FAR]
     if not far:

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mace_lora.api.extraction import extract
-from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.config import AdapterConfig
-from mace_lora.model import artefact
-from mace_lora.results.evaluation import UNITS, errors, known_to, predict, read_frames
+from mace_lora.files import size
+from mace_lora.parsing import ExistingFile
+from mace_lora.upstream.known import ExistingModel
 
 # Relative changes below this are rounding, and not shown
 NOTHING = 1e-6
@@ -29,8 +28,10 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help=common.BASE_HELP)
-    parser.add_argument("--finetuned", required=True, help="the fully fine-tuned .model file")
+    parser.add_argument("--base", required=True, type=ExistingModel, help=common.BASE_HELP)
+    parser.add_argument(
+        "--finetuned", required=True, type=ExistingModel, help="the fully fine-tuned .model file"
+    )
     parser.add_argument("--output", required=True, help="the adapter directory to write")
     parser.add_argument("--rank", type=int, default=4, help="rank of the adapter (default: 4)")
     parser.add_argument(
@@ -46,11 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers to adapt, as in --lora_targets (default: all)",
     )
     parser.add_argument("--head", help="the head of the base model, where it has several")
-    parser.add_argument("--data", help="labelled frames to measure the error on")
+    parser.add_argument("--data", type=ExistingFile, help="labelled frames to measure the error on")
     common.add_data_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from mace_lora.api.extraction import extract
+    from mace_lora.api.files import load_adapter
+    from mace_lora.model import artefact
+    from mace_lora.results.evaluation import errors, known_to, predict, read_frames
+
     artefact.check_free(options.output)
     config = AdapterConfig.create(
         options.method,
@@ -65,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found.save(options.output)
     result: dict[str, Any] = {
         "output": options.output,
-        "bytes": common.size(options.output),
+        "bytes": size(options.output),
         "method": options.method,
         "rank": options.rank,
         "layers": [vars(layer) for layer in found.layers],
@@ -87,6 +93,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(data: dict[str, Any]) -> str:
+    from mace_lora.results.evaluation import UNITS
+
     rows = [
         [
             layer["name"],

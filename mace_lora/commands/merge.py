@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import math
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from mace_lora.api.files import load_adapter
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError, MergeMismatch
-from mace_lora.model.injection import adapters
-from mace_lora.model.merging import changes, merge
-from mace_lora.training.files.saving import MERGE_TOLERANCE
-from mace_lora.upstream import gated, predicting
+from mace_lora.files import size
+from mace_lora.parsing import ExistingAdapter
+from mace_lora.printing import Data
+from mace_lora.upstream.known import ExistingModel
+
+if TYPE_CHECKING:
+    import ase
+    import torch
 
 EXAMPLES = """\
   mace_lora merge --base mini --adapter ethanol_adapter --output ethanol.model
@@ -30,8 +31,10 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help=common.BASE_HELP)
-    parser.add_argument("--adapter", required=True, help="the adapter directory")
+    parser.add_argument("--base", required=True, type=ExistingModel, help=common.BASE_HELP)
+    parser.add_argument(
+        "--adapter", required=True, type=ExistingAdapter, help="the adapter directory"
+    )
     parser.add_argument("--output", required=True, help="the .model file to write")
     parser.add_argument(
         "--alpha",
@@ -42,10 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Data:
     if not math.isfinite(options.alpha):
         raise ConfigError(f"--alpha={options.alpha}: a finite number is needed")
     common.check_folder(options.output, "output")
+    from mace_lora.api.files import load_adapter
+    from mace_lora.model.injection import adapters
+    from mace_lora.model.merging import changes, merge
+    from mace_lora.upstream import gated
+
     model = load_adapter(options.base, options.adapter)
     updates = list(changes(model))
     gates = [name for name, adapter in adapters(model) if not adapter.mergeable]
@@ -57,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     common.save(model, options.output)
     return {
         "output": options.output,
-        "bytes": common.size(options.output),
+        "bytes": size(options.output),
         "alpha": options.alpha,
         "weights_merged": len(updates),
         "gates_kept": len(gates),
@@ -67,6 +75,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _proof(adapted: torch.nn.Module, merged: torch.nn.Module) -> float:
     """The largest relative difference of the predictions. Raises MergeMismatch above rounding."""
+    from mace_lora.training.files.saving import MERGE_TOLERANCE
+    from mace_lora.upstream import predicting
+
     batch = predicting.frames_to_batch(_clusters(merged), merged)
     one, other = (predicting.predict(m, [batch]) for m in (adapted, merged))
     found = predicting.largest_difference(one, other)
@@ -80,7 +91,7 @@ def _proof(adapted: torch.nn.Module, merged: torch.nn.Module) -> float:
     return worst
 
 
-def _clusters(model: torch.nn.Module) -> list[Any]:
+def _clusters(model: torch.nn.Module) -> list[ase.Atoms]:
     """A few random clusters of all the elements that the model knows."""
     import ase
     import numpy as np
@@ -94,7 +105,7 @@ def _clusters(model: torch.nn.Module) -> list[Any]:
     ]
 
 
-def text(data: dict[str, Any]) -> str:
+def text(data: Data) -> str:
     lines = [
         f"{data['output']}: {data['bytes'] / 1e6:.2f} MB, {data['weights_merged']} weights merged"
     ]

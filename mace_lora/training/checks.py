@@ -60,20 +60,6 @@ def heads(args: argparse.Namespace) -> None:
     )
 
 
-def files_exist(args: argparse.Namespace) -> None:
-    """Raises ConfigError naming the flag whose file is not there."""
-    for flag in ("train_file", "valid_file", "test_file"):
-        value = getattr(args, flag, None)
-        for path in [value] if isinstance(value, str) else value or []:
-            if not all(Path(part).exists() for part in _files(path)):
-                raise ConfigError(f"--{flag}={path}: there is no such file")
-
-
-def _files(path: str) -> list[str]:
-    """Several LMDB files may stand in one text, as a.lmdb:b.lmdb."""
-    return path.split(":") if "lmdb" in path and not Path(path).exists() else [path]
-
-
 def known_elements(args: argparse.Namespace, foundation: Any) -> None:
     """Raises ConfigError where --atomic_numbers names what the loaded foundation model lacks."""
     if foundation is None or args.atomic_numbers is None:

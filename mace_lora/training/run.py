@@ -15,6 +15,7 @@ from mace_lora.errors import ConfigError
 from mace_lora.frames import stored
 from mace_lora.frames.energies import gaps_told
 from mace_lora.training import checks
+from mace_lora.training.arguments import check_files
 from mace_lora.training.epochs import processes
 from mace_lora.training.files import writing
 from mace_lora.training.session import Session
@@ -23,11 +24,6 @@ from mace_lora.upstream import names as upstream
 
 # Models that mace-torch builds from a foundation model
 _FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Upstream's own parser, with all its flags."""
-    return upstream.module("mace.tools.arg_parser").build_default_arg_parser()
 
 
 def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> None:
@@ -77,7 +73,7 @@ def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
     checks.heads(args)
     checks.optional_packages(args)
     processes.settle(args)
-    checks.files_exist(args)
+    check_files(args)
     stored.check_flags(args)
     foundation = None
     if loading.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched

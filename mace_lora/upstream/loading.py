@@ -8,25 +8,17 @@ from typing import Any
 
 import torch
 
-from mace_lora.errors import FoundationModelError, did_you_mean
-from mace_lora.model import artefact
+from mace_lora.errors import FoundationModelError
 from mace_lora.upstream import mini
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.known import MINI, ExistingModel, foundation_models
 
-MINI = "mini"
 _PARTS = ("r_max", "atomic_numbers", "node_embedding", "interactions", "products", "readouts")
-
-
-def upstream_names() -> list[str]:
-    """Names of foundation models that mace-torch downloads by itself."""
-    run_train = upstream.module("mace.cli.run_train")
-    named = [*run_train.mace_mp_names, *run_train.polar_model_names]
-    return sorted({n for n in named if n} | {"small_off", "medium_off", "large_off", "mace_omol"})
 
 
 def is_ours(name: str) -> bool:
     """Whether `load` loads this model, rather than mace-torch: `mini` and files."""
-    return name not in upstream_names()
+    return name not in foundation_models()
 
 
 def given(
@@ -112,17 +104,7 @@ def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) ->
 def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
     path = Path(name).expanduser()
     called = f"--{flag}={name}" if flag else name
-    if path.is_dir():
-        hint = " (an adapter goes to --adapter, beside its base model)"
-        raise FoundationModelError(
-            f"{called} is a folder; expected a .model file, or a name"
-            + hint * (path / artefact.CONFIG).exists()
-        )
-    if not path.is_file():
-        raise FoundationModelError(
-            f"{called}: there is no such file, and no model of that name; "
-            f"{did_you_mean(name, [MINI, *upstream_names()])}"
-        )
+    ExistingModel(name).check(called)
     try:
         model = torch.load(path, map_location=device, weights_only=False)
     except Exception as error:  # whatever unpickling a foreign file raises

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mace_lora import load_foundation
-from mace_lora.adapters.registry import METHODS, get_method
+from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.upstream import names as upstream
 from reproduction.datasets import System
@@ -48,7 +48,7 @@ class Method:
 
 def preset(method: str, name: str) -> dict[str, Any]:
     """The flags that a preset stands for: a run is known by its settings, not by their name."""
-    found = get_method(method).presets[name]
+    found = options_of(method).presets[name]
     return {f"{method}_{k}": list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 

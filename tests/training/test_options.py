@@ -11,7 +11,7 @@ from helpers.adapter_folders import make_adapter
 from helpers.running import run_command
 
 from mace_lora import AdapterConfig, cli, inject, load_adapter, merge, save_adapter, unload
-from mace_lora.adapters.registry import METHODS, get_method
+from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.config import RunOptions
 from mace_lora.errors import ArtefactError, ConfigError, NoLayerMatched
 from mace_lora.model.injection import adapter_parameters, adapters
@@ -22,7 +22,7 @@ from mace_lora.training.epochs.signals import StopRequest
 from mace_lora.training.epochs.steps import Steps, steps_done
 from mace_lora.training.epochs.training import Training
 
-LOW_RANK = [m for m in METHODS if any(f.name == "dropout" for f in get_method(m).Options.fields())]
+LOW_RANK = [m for m in METHODS if any(f.name == "dropout" for f in options_of(m).fields())]
 
 
 def adapted(model, method="lora", seed=0, **options):
@@ -342,7 +342,7 @@ def test_starting_from_an_adapter_of_another_run(tmp_path, build, train_flags, f
 
 def test_presets_fill_what_is_not_given():
     flags = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", "--lora=True"]
-    for name, values in get_method("lora").presets.items():
+    for name, values in options_of("lora").presets.items():
         config = cli.parse([*flags, f"--lora_preset={name}", "--lora_rank=7"])[1]
         found = config.options.to_json()
         expected = {**AdapterConfig.create("lora", **values).options.to_json(), "rank": 7}

@@ -1,0 +1,98 @@
+"""Reading a command line: help for a mistyped flag, files that must be there, flags in groups.
+
+Nothing here, nor in what the doors import before a command line is understood, imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mace_lora.errors import ArtefactError, ConfigError, closest
+
+
+class ExistingFile(str):
+    """The type of a flag that names something to read; `check_named` looks whether it is there."""
+
+    def check(self, called: str) -> None:
+        """Raises an error that calls it `called`, such as --data=test.xyz, where it is missing."""
+        if not Path(self).expanduser().exists():
+            raise ConfigError(f"{called}: there is no such file")
+
+
+class ExistingAdapter(ExistingFile):
+    """The directory of an adapter."""
+
+    def check(self, called: str) -> None:
+        if not Path(self).expanduser().exists():
+            raise ArtefactError(
+                f"{called}: there is no such directory; an adapter is a directory with "
+                "adapter_config.json in it"
+            )
+
+
+def check_named(options: argparse.Namespace) -> None:
+    """Look for every file that the flags name, before any work begins.
+
+    Raises:
+        MaceLoraError: one is not there.
+    """
+    for name, value in vars(options).items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, ExistingFile):
+                item.check(f"--{name}={item}")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of `argv`; a mistyped one ends the program with exit code 2, and a suggestion."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = all_flags(parser)
+    # before argparse, which would rather say that the flag that was meant is missing
+    words = [word.split("=")[0] for word in itertools.takewhile("--".__ne__, argv)]
+    _refuse(
+        parser,
+        [w for w in words if w.startswith("--") and not any(f.startswith(w) for f in flags)],
+    )
+    options, unknown = parser.parse_known_args(argv)
+    _refuse(parser, unknown)  # among them keys of a configuration file
+    return options
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    if unknown:
+        flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
+        hints = [closest(flag, all_flags(parser)) for flag in flags]
+        parser.error(" ".join([f"unrecognized arguments: {' '.join(unknown)}.", *hints]).rstrip())
+
+
+# argparse can't say in public which flags a parser has, nor move them from one group to another.
+# The three private names below have been the same since Python 2.7; test_parsing.py checks them.
+
+
+def all_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Every flag of the parser, as it is written: --name."""
+    return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def move_flags(
+    parser: argparse.ArgumentParser, names: Sequence[str], group: argparse._ArgumentGroup
+) -> None:
+    """Show the flags called `names` in `group`, in this order; nothing but --help changes."""
+    by_name = {action.dest: action for action in parser._actions}
+    for name in names:
+        for other in parser._action_groups:
+            if by_name[name] in other._group_actions:
+                other._group_actions.remove(by_name[name])
+        group._group_actions.append(by_name[name])
+
+
+def order_groups(
+    parser: argparse.ArgumentParser, first: Sequence[argparse._ArgumentGroup], rest: str
+) -> None:
+    """Show the groups `first` before all others; the flags in no group are headed `rest`."""
+    others = [group for group in parser._action_groups if group not in first]
+    parser._optionals.title = rest
+    parser._action_groups[:] = [*first, *others]
