@@ -1,6 +1,6 @@
 """Parameter-efficient, symmetry-preserving fine-tuning of MACE foundation models.
 
-Start:    load_foundation, AdapterConfig.create, inject
+Start:    load_foundation, AdapterConfig.create, inject (gives an InjectionReport)
 Train:    adapter_parameters, print_trainable_parameters
 Files:    save_adapter, load_adapter
 Switch:   set_adapter, disable_adapter, unload

@@ -1,9 +1,10 @@
-"""Every command and every Python block of the documents is known to the programs, and README's run.
+"""What a reader types works: the commands and the Python of the pages.
 
-`test_every_command_is_understood` reads the commands of all documents, fenced and inline, and hands
-each to its own parser: an unknown flag or a renamed script fails. `test_readme_runs` runs those of
-README.md in their order, in one folder, as they stand there but for what `CHANGED` says; what needs
-another machine, hours or an installation of its own is in `ELSEWHERE`, with the test that runs it.
+`test_every_command_is_understood` reads the commands of all pages, fenced and inline, and hands
+each to its own parser: an unknown flag or a renamed script fails. `test_the_story_runs` runs those
+of the pages in `STORY` in their order, in one folder, as they stand there but for what `CHANGED`
+says; what needs another machine, hours or an installation of its own is in `ELSEWHERE`, with the
+test that runs it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ DOCUMENTS = sorted(
     and "results" not in path.parts
 )
 
-# How README's commands are changed before they are run: the beginning of a command -> more flags.
+# The pages whose commands and Python are run, each finding what those before it left
+STORY = ("README.md", *(f"mace_lora/{d}/README.md" for d in ("training", "commands", "api")))
+STORY = (*STORY, "scripts/README.md")
+# How their commands are changed before they are run: the beginning of a command -> more flags.
 # `medium_off` is a copy of `mini` in mace-torch's download cache; the data are frames of ethanol.
 CHANGED = {
     "mace_run_train": ["--max_num_epochs=1"],
@@ -47,6 +51,8 @@ ELSEWHERE = {
     "scripts/quickstart.sh": ("tests/scripts/test_scripts.py", "def test_quickstart"),
     "scripts/test.sh": (".ci/run", "scripts/test.sh"),
     "pip install .": ("tests/test_install.py", '"pip", "install", "-q", str(ROOT)'),
+    "scripts/examples/fine_tune.sh": ("tests/scripts/test_examples.py", '"fine_tune.sh"'),
+    "python scripts/examples/own_loop.py": ("tests/scripts/test_examples.py", '"own_loop.py"'),
     "sbatch scripts/slurm/one_gpu.sbatch": ("tests/scripts/test_slurm.py", "one_gpu.sbatch"),
     "scripts/reproduce.sh": ("tests/scripts/test_reproduction.py", '"reproduce.py"), "rmd17"'),
     "python scripts/study.py": ("tests/scripts/test_scripts.py", "def test_study"),
@@ -56,6 +62,7 @@ ELSEWHERE = {
 # Inline words that name a command and don't give one.
 NAMES = {
     *("mace_lora train", "python -m mace_lora train", "mace_run_train --distributed"),
+    "mace_lora info",
     *("scripts/reproduce.sh rmd17", "scripts/reproduce.sh --help"),
 }
 PROGRAMS = r"(?:mace_run_train|mace_create|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"
@@ -139,6 +146,9 @@ def understood(words: list[str], only_parse, monkeypatch) -> None:
         _, others = reproduce.parse(rest)
         flags = [f"--{name}={value}" for name, value in others.items()]
         cli.build_parser().parse_args(["--name=any", *flags])
+    elif program in ("pytest", "ruff") or rest[:2] == ["-m", "pytest"]:
+        paths = [word for word in rest if word.startswith(("tests", "mace_lora", "scripts"))]
+        assert all((ROOT / path.partition("::")[0]).exists() for path in paths)
     elif program == "python" or program.endswith(".py"):
         script, *flags = rest if program == "python" else words
         if flags:
@@ -148,10 +158,8 @@ def understood(words: list[str], only_parse, monkeypatch) -> None:
             with pytest.raises(Understood):
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         assert (ROOT / script).exists()
-    elif program == "pytest":
-        assert (ROOT / rest[0]).exists()
     elif program == "pip":
-        assert rest == ["install", "."]
+        assert rest in (["install", "."], ["install", "-e", ".[test]"])
     else:
         assert program.startswith("scripts/"), f"no program is known as {program}"
         assert os.access(ROOT / program, os.X_OK)
@@ -255,17 +263,21 @@ def run(command: str) -> None:
 
 
 @pytest.mark.slow
-def test_readme_runs(story):
-    """The commands in their order, each finding what those before it left; then the Python."""
-    readme = ROOT / "README.md"
-    for command in dict.fromkeys(commands(readme)):
-        if begins(command, ELSEWHERE) is None:
-            run(" ".join([command, *CHANGED.get(begins(command, CHANGED), [])]))
+def test_the_story_runs(story):
+    """The commands of each page in their order, then its Python."""
+    done = set()
+    for page in STORY:
+        text = (ROOT / page).read_text()
+        for command in commands(ROOT / page):
+            if begins(command, ELSEWHERE) is None and command not in done:
+                run(" ".join([command, *CHANGED.get(begins(command, CHANGED), [])]))
+                done.add(command)
+        namespace: dict = {}
+        for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.S | re.M):
+            exec(compile(block, page, "exec"), namespace)
+        if "again" in namespace:
+            assert not any(p.requires_grad is False for p in namespace["again"].parameters())
     for file in ("my_model.model", "parity.png", "half.model", "start.model", "extracted_adapter"):
         assert (story / file).exists()
     assert (story / "my_model.model-mliap_lammps.pt").exists()
-    namespace: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", readme.read_text(), flags=re.S | re.M):
-        exec(compile(block, "README.md", "exec"), namespace)
     assert (story / "new_adapter" / "adapter_config.json").exists()
-    assert not any(p.requires_grad is False for p in namespace["again"].parameters())

@@ -1,0 +1,92 @@
+"""The programs of scripts/examples do what they say, in seconds, with `mini`."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+from helpers.adapter_folders import make_adapter
+from helpers.frames import DATA
+from mace.calculators import MACECalculator
+
+from mace_lora import load_adapter, load_foundation, merge
+
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+
+
+def example(name: str, monkeypatch, capsys, *flags: object) -> str:
+    """Run one of the programs in this process; what it prints."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def energy(model: torch.nn.Module | str, atoms: ase.Atoms) -> float:
+    single = {"model_paths": model} if isinstance(model, str) else {"models": model}
+    atoms = atoms.copy()
+    atoms.calc = MACECalculator(**single, default_dtype="float64")
+    return atoms.get_potential_energy()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run in, with ten frames of ethanol and two adapters of `mini`."""
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("train.xyz", ase.io.read(DATA / "ethanol_train.xyz", index=":10"))
+    ase.io.write("test.xyz", ase.io.read(DATA / "ethanol_test.xyz", index=":2"))
+    base = load_foundation("mini", dtype=torch.float64)
+    for seed, name in enumerate(("one", "other")):
+        make_adapter(base, tmp_path / name, "lora", seed=seed, std=0.05)
+    return tmp_path
+
+
+def test_own_loop(folder, monkeypatch, capsys):
+    said = example("own_loop.py", monkeypatch, capsys, "train.xyz", "--steps", 12)
+    errors = [float(line.split()[-2]) for line in said.splitlines() if line.startswith("step ")]
+    assert len(errors) == 12
+    assert errors[-1] < 0.7 * errors[0]
+    atoms = ase.io.read("test.xyz")
+    again = merge(load_adapter("mini", folder / "ethanol_forces_adapter"))
+    saved = energy("ethanol_forces.model", atoms)
+    assert energy(again, atoms) == pytest.approx(saved, abs=1e-5)  # `mini` is in float32
+    assert abs(saved - energy(load_foundation("mini", dtype=torch.float64), atoms)) > 1e-3
+
+
+def test_dynamics(folder, monkeypatch, capsys):
+    said = example("dynamics.py", monkeypatch, capsys, "one", "test.xyz", "--steps", 20)
+    assert abs(float(said.partition("moved by ")[2].split()[0])) < 2.0  # meV per atom; kinetic: 39
+    assert len(ase.io.read("dynamics.traj", index=":")) == 21
+
+
+def test_several_adapters(folder, monkeypatch, capsys):
+    said = example("several_adapters.py", monkeypatch, capsys, "one", "other", "test.xyz")
+    one, other, both, mixed = (
+        float(line.partition(": ")[2].split()[0]) for line in said.splitlines()
+    )
+    assert abs(one - other) > 1e-3
+    assert both == pytest.approx((one + other) / 2, abs=2e-6)
+    assert energy("mixed.model", ase.io.read("test.xyz")) == pytest.approx(mixed, abs=2e-6)
+
+
+@pytest.mark.slow
+def test_fine_tune(folder):
+    """From the shell: the command of this Python comes first on the PATH."""
+    programs = Path(sys.executable).parent
+    if not (programs / "mace_lora").exists():
+        pytest.skip("the commands are not installed")
+    done = subprocess.run(
+        [EXAMPLES / "fine_tune.sh", "train.xyz", "test.xyz", "mini", "--max_num_epochs=2"],
+        env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path("my_model.model").exists()
+    assert Path("parity.png").exists()
