@@ -76,6 +76,8 @@ NAMES: dict[str, Name] = {
     "load_xyz": Name("mace.data", "load_from_xyz", ("file_path", "key_specification")),
     "json": Name(_RUN, "json", None),
     "load_stored": Name(_RUN, "load_dataset_for_path", ("file_path", "z_table", "head_config")),
+    "graphs": Name("mace.data", "AtomicData", None),
+    "graph_of_replay": Name("mace.tools.multihead_tools", "AtomicData", None),
     "graph_of_lmdb": Name("mace.data.lmdb_dataset", "AtomicData", None),
     "split": Name("mace.data", "random_train_valid_split", ("items", "valid_fraction", "seed")),
     "atomic_energies": Name(_RUN, "get_atomic_energies", ("E0s", "train_collection", "z_table")),

@@ -1,0 +1,172 @@
+"""Files that ASE reads, as mace-torch's Configurations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ase
+import ase.io
+
+from mace_lora.errors import DataError
+from mace_lora.frames import labels
+from mace_lora.upstream import graphs
+from mace_lora.upstream.graphs import Configuration
+
+ISOLATED = "IsolatedAtom"
+# Properties of a frame that no loss counts and that are handed on as they are
+_HEAD = "head"
+
+
+def read_atoms(path: str | Path, most: int | None = None) -> list[ase.Atoms]:
+    """The frames of a file, the first `most` of them.
+
+    Raises:
+        DataError: ASE can't read it.
+    """
+    try:
+        found = ase.io.read(path, index=":" if most is None else f":{most}")
+    except Exception as error:  # ASE raises many kinds for a broken file
+        raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    return found if isinstance(found, list) else [found]
+
+
+class XyzFrames:
+    """The frames of one file that mace-torch trains on or tests with.
+
+    Args:
+        path: the file.
+        keys: the name of each property in it.
+        head: the head that learns them.
+        type_weights: the weight of each type of frames (`--config_type_weights`).
+
+    Attributes:
+        energies: E0s by atomic number, from the isolated atoms that `set_isolated_aside` found.
+
+    Raises:
+        DataError: the file, or a label in it, can't be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        keys: Mapping[str, str],
+        head: str = "Default",
+        type_weights: Mapping[object, float] | None = None,
+    ) -> None:
+        self.path, self._keys = path, keys
+        weights = {labels.type_of(k): float(w) for k, w in (type_weights or {}).items()}
+        self._atoms = read_atoms(path)
+        self._numbers = list(range(len(self._atoms)))  # in the file
+        self._configurations = [
+            self._configuration(i, atoms, head, weights) for i, atoms in enumerate(self._atoms)
+        ]
+        self.energies: dict[int, float] = {}
+
+    def _configuration(
+        self, number: int, atoms: ase.Atoms, head: str, type_weights: Mapping[str, float]
+    ) -> Configuration:
+        try:
+            return configuration_of(atoms, self._keys, head, type_weights)
+        except DataError as error:
+            raise DataError(f"{self.path}, frame {number}: {error}") from None
+
+    def set_isolated_aside(self, keep: bool) -> None:
+        """Take E0s from the isolated atoms of the file, which are then no frames to train on.
+
+        Args:
+            keep: they are (`--keep_isolated_atoms`).
+
+        Raises:
+            DataError: one of them has no energy; mace-torch takes 0 for it.
+        """
+        alone = [i for i, frame in enumerate(self._configurations) if _is_isolated(frame)]
+        for i in alone:
+            frame = self._configurations[i]
+            energy = frame.properties.get("energy")
+            if energy is None:
+                raise DataError(
+                    f"{self.path}, frame {self._numbers[i]} is an isolated atom "
+                    f"(config_type={ISOLATED}) without an energy under the key "
+                    f"{self._keys['energy']!r}, so that there is no E0 to take from it: give it "
+                    "one, or remove the isolated atoms and give --E0s"
+                )
+            self.energies[int(frame.atomic_numbers[0])] = float(energy)
+        if alone:
+            logging.info(f"E0s are taken from the isolated atoms of {self.path}")
+        if keep:
+            return
+        rest = sorted(set(range(len(self._configurations))) - set(alone))
+        self._configurations = [self._configurations[i] for i in rest]
+        self._numbers = [self._numbers[i] for i in rest]
+
+    @property
+    def configurations(self) -> list[Configuration]:
+        return self._configurations
+
+    def __iter__(self) -> Iterator[Configuration]:
+        return iter(self._configurations)
+
+    def place(self, number: int) -> str:
+        """Where the `number`-th of these frames stands: 0-based, as in ase.io.read(path, index)."""
+        return str(self._numbers[number])
+
+    def called(self, label: str) -> str:
+        return f"{label} (key {self._keys.get(label, label)!r})"
+
+    def remedy(self, label: str) -> str:
+        return (
+            f"under the key {self._keys.get(label, label)!r}; its keys are "
+            f"{', '.join(names_in(self._atoms[0])) or 'none'}; "
+            f"name the right one with --{label}_key"
+        )
+
+
+def configuration_of(
+    atoms: ase.Atoms,
+    keys: Mapping[str, str],
+    head: str = "Default",
+    type_weights: Mapping[str, float] | None = None,
+) -> Configuration:
+    """A frame as mace-torch's Configuration, with weight 0 for each label that it lacks.
+
+    Args:
+        atoms: the frame.
+        keys: the name of each property in it, labels and others.
+        head: the head that learns it.
+        type_weights: weight by type of frames.
+
+    Raises:
+        DataError: a label or a weight can't be right.
+    """
+    found = labels.labels(atoms, keys)
+    others = {name: labels.under(atoms, keys[name]) for name in keys.keys() - labels.DEFAULT_KEYS}
+    others[_HEAD] = head
+    properties = {name: found.get(name, others.get(name)) for name in keys}
+    kind = labels.type_of(atoms.info.get("config_type", labels.DEFAULT_TYPE))
+    return graphs.configuration(
+        atomic_numbers=atoms.numbers.copy(),
+        positions=atoms.positions.copy(),
+        properties=properties,
+        property_weights={
+            name: 0.0 if value is None else labels.weight(atoms, f"config_{name}_weight")
+            for name, value in properties.items()
+        },
+        cell=atoms.cell.array.copy(),
+        pbc=tuple(bool(p) for p in atoms.pbc),
+        weight=labels.weight(atoms, "config_weight") * (type_weights or {}).get(kind, 1.0),
+        config_type=kind,
+        head=head,
+    )
+
+
+def names_in(atoms: ase.Atoms) -> list[str]:
+    """Every key of a frame that may hold a label."""
+    results = getattr(atoms.calc, "results", {})
+    own = [k for k in atoms.arrays if k not in ("numbers", "positions")]
+    return sorted({*atoms.info, *own, *results})
+
+
+def _is_isolated(frame: Configuration) -> bool:
+    return len(frame.atomic_numbers) == 1 and frame.config_type == ISOLATED

@@ -1,0 +1,96 @@
+"""Frames as mace-torch's graphs: labels that are missing weigh nothing, cells are the frame's own.
+
+Every frame that a model sees passes here: those of .xyz files, of HDF5 and LMDB, of replay, and
+those of which only predictions are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mace_lora.upstream import names as upstream
+
+# Models that see a cell otherwise than through neighbours: by what is periodic with it
+_LONG_RANGE = ("PolarMACE", "MACELES")
+
+
+class Configuration(Protocol):
+    """mace-torch's Configuration: one frame with its labels, None for one that it lacks."""
+
+    atomic_numbers: np.ndarray[Any, np.dtype[np.int64]]
+    positions: np.ndarray[Any, np.dtype[np.float64]]
+    properties: dict[str, Any]
+    property_weights: dict[str, Any]
+    cell: np.ndarray[Any, np.dtype[np.float64]] | None
+    pbc: Sequence[bool] | None
+    weight: float
+    config_type: str
+    head: str
+
+
+def configuration(**fields: object) -> Configuration:
+    """mace-torch's Configuration with these fields."""
+    made: Configuration = upstream.module("mace.data.utils").Configuration(**fields)
+    return made
+
+
+def without_gaps(config: Configuration) -> Configuration:
+    """`config` with weight 0 for each label that it lacks.
+
+    mace-torch gives weight 1 to some of them (ASE's own keys, also in what `mace_prepare_data` has
+    written from such files) and trains them as 0.
+    """
+    gaps = [name for name, value in config.properties.items() if value is None]
+    if not any(np.any(config.property_weights.get(name, 1.0)) for name in gaps):
+        return config
+    weights = {**config.property_weights, **dict.fromkeys(gaps, 0.0)}
+    return replace(config, property_weights=weights)  # type: ignore[type-var]
+
+
+@dataclass
+class Graphs:
+    """Stands in the place of mace-torch's `AtomicData`, whose `from_config` makes graphs.
+
+    In directions that are not periodic mace-torch replaces a frame's lattice vectors by long ones,
+    and then divides by the volume that they span: the stress of a slab comes out many times too
+    small. A graph made here has the frame's own cell, where it has a volume; without periodicity
+    its vectors count nowhere but in that volume.
+
+    Attributes:
+        padded: keep mace-torch's cell after all, for models with long-range parts: they see it.
+    """
+
+    padded: bool = False
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Graphs:
+        """The graphs that `model` takes."""
+        return cls(padded=sees_cells(model))
+
+    def from_config(self, config: Configuration, **keywords: Any) -> Any:
+        """mace-torch's graph of one frame; the keywords are those of `AtomicData.from_config`."""
+        graph = upstream.original("graphs").from_config(without_gaps(config), **keywords)
+        cell = config.cell
+        if not self.padded and not all(config.pbc or ()) and has_volume(cell):
+            graph.cell = torch.as_tensor(cell, dtype=graph.cell.dtype)
+        return graph
+
+
+def sees_cells(model: torch.nn.Module) -> bool:
+    """Whether the energy of a model depends on lattice vectors that are not periodic."""
+    return any(kind.__name__ in _LONG_RANGE for kind in type(model).__mro__)
+
+
+def has_volume(cell: Any) -> bool:
+    """Whether three lattice vectors (rows, A) span one."""
+    return cell is not None and bool(abs(np.linalg.det(np.asarray(cell, dtype=float))) > 1e-6)
+
+
+def key_names(specification: Any) -> Mapping[str, str]:
+    """A KeySpecification of mace-torch's as one table: property -> its name in a file."""
+    return {**specification.info_keys, **specification.arrays_keys}
