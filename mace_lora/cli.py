@@ -12,14 +12,13 @@ from contextlib import contextmanager
 
 import mace_lora
 from mace_lora import commands
-from mace_lora.commands import COMMANDS
+from mace_lora.commands import COMMANDS, TRAIN
 from mace_lora.errors import MaceLoraError, did_you_mean
 from mace_lora.printing import printable, say
 from mace_lora.training.arguments import build_parser, check_files, parse
 
 __all__ = ["build_parser", "main", "main_tools", "parse"]
 
-TRAIN = "fine-tune or train: the same program as mace_run_train"
 _QUIET = (  # warnings that every run gives and that nobody can act on
     "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # set by mace-torch itself
     "The TorchScript type system doesn't support instance-level",  # e3nn

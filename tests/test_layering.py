@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backends", "model"),
     ("config",),
     ("adapters",),
-    ("errors", "files", "printing", "_compat"),
+    ("errors", "files", "parsing", "printing", "_compat"),
 )
 # Modules that a reader of one adapter, or of one backend, has to know besides it
 SHARED = {

@@ -176,13 +176,15 @@ class LowRankOptions(AdapterOptions):
         return pattern, number
 
     def for_layer(self, name: str) -> LowRankOptions:
-        values = {"rank_pattern": (), "alpha_pattern": ()}
-        for option_, key in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
-            pairs = (self._pattern(option_, text) for text in getattr(self, option_))
-            found = [value for pattern, value in pairs if re.search(pattern, name)]
-            if found:
-                values[key] = found[0]
-        return replace(self, **values)
+        rank, alpha = self._of_layer("rank", name), self._of_layer("alpha", name)
+        return replace(self, rank=rank, alpha=alpha, rank_pattern=(), alpha_pattern=())
+
+    def _of_layer(self, option_: str, name: str) -> Any:
+        pairs = (
+            self._pattern(f"{option_}_pattern", t) for t in getattr(self, f"{option_}_pattern")
+        )
+        found = [value for pattern, value in pairs if re.search(pattern, name)]
+        return found[0] if found else getattr(self, option_)
 
     def layer_patterns(self) -> tuple[str, ...]:
         return tuple(
@@ -200,8 +202,7 @@ class LowRankOptions(AdapterOptions):
 
 
 def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_rank(name: str, value: object, lowest: int = 1) -> None:

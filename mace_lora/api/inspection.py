@@ -19,6 +19,7 @@ from mace_lora.model.layers import find_sites
 from mace_lora.model.merging import changes
 from mace_lora.printing import Data
 from mace_lora.upstream import loading, rebuilding
+from mace_lora.upstream.known import MINI
 
 
 def inspect(name: str, base: str | None = None) -> Data:
@@ -156,7 +157,7 @@ def _adapted(
     if base is not None:
         return load_adapter(base, folder), f"relative to the weights of {base}"
     name = content.base.get("name")
-    if name != loading.MINI and not (isinstance(name, str) and Path(name).is_file()):
+    if name != MINI and not (isinstance(name, str) and Path(name).is_file()):
         return None, "unknown: give the base model with --base"
     try:
         return load_adapter(name, folder), f"relative to the weights of {name}"

@@ -31,6 +31,7 @@ COMMANDS = {
     "doctor": "what is installed, what works, what doesn't, in plain words",
     "completion": "flags and files at the press of Tab, in bash, zsh and tcsh",
 }
+TRAIN = "fine-tune or train: the same program as mace_run_train"
 _EXIT_CODES = "exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage"
 
 
@@ -52,15 +53,14 @@ def command(name: str) -> Command:
     return cast(Command, importlib.import_module(f"mace_lora.commands.{name}"))
 
 
-def build_parser(name: str, **more: bool) -> argparse.ArgumentParser:
-    """The parser of one command. `more` goes to ArgumentParser."""
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
     module = command(name)
     parser = argparse.ArgumentParser(
         prog=f"mace_lora {name}",
         description=module.__doc__,
         epilog=f"examples:\n{module.EXAMPLES}\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        **more,
     )
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

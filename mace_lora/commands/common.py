@@ -89,7 +89,8 @@ def table(
     for name in names[:left]:
         made.align[name] = "l"
     made.add_rows([list(row) for row in rows])
-    return "\n".join(line.rstrip() for line in made.get_string().splitlines())
+    text = str(made.get_string())
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def bar(value: float, largest: float, width: int = 12) -> str:

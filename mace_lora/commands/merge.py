@@ -97,7 +97,7 @@ def _clusters(model: torch.nn.Module) -> list[ase.Atoms]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    numbers = model.atomic_numbers.tolist()
+    numbers = [int(z) for z in model.get_buffer("atomic_numbers")]
     grid = 1.5 * np.stack(np.meshgrid(*[range(2)] * 3), axis=-1).reshape(-1, 3)
     return [
         ase.Atoms(rng.choice(numbers, size=8), grid + rng.normal(scale=0.15, size=(8, 3)))

@@ -21,6 +21,7 @@ from mace_lora.training.files import writing
 from mace_lora.training.session import Session
 from mace_lora.upstream import loading, precision, rebuilding
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.known import MINI
 
 # Models that mace-torch builds from a foundation model
 _FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     upstream.check()
     script = upstream.module("mace.cli.run_train")
     if config is None:
-        foundation = loading.load(loading.MINI) if args.foundation_model == loading.MINI else None
+        foundation = loading.load(MINI) if args.foundation_model == MINI else None
         with upstream.substituted(_foundation_by_name(args, foundation)):
             script.run(args)
         return

@@ -41,7 +41,7 @@ def test_help_teaches(capsys, command):
 def test_the_list_of_commands(capsys):
     cli.main_tools(["--help"])
     text = capsys.readouterr().out
-    assert all(f"  {command} " in text for command in [*COMMANDS, "train", "doctor"])
+    assert all(f"  {command} " in text for command in [*COMMANDS, "train"])
 
 
 def test_exit_codes(base_file, tmp_path):
