@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from mace_lora.adapters.base import AdapterOptions
-from mace_lora.adapters.registry import METHODS, get_method
+from mace_lora.adapters.options import AdapterOptions
+from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.config import RunOptions
 
 PAGE = Path(__file__).parent.parent / "configs" / "README.md"
@@ -53,7 +53,7 @@ def method_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Rows of the options that all methods have, and of those that some have."""
     same: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for method in METHODS:
-        for field in get_method(method).Options.fields():
+        for field in options_of(method).fields():
             same[field.name, meaning(field)][default(field)].append(method)
     for_all = {field.name for field in fields(AdapterOptions)}
     common, own = [], []
@@ -72,7 +72,7 @@ def preset_rows() -> list[tuple[str, ...]]:
     return [
         (f"`--{method}_preset={name}`", ", ".join(f"{k} {shown(v)}" for k, v in values.items()))
         for method in METHODS
-        for name, values in get_method(method).presets.items()
+        for name, values in options_of(method).presets.items()
     ]
 
 

@@ -1,10 +1,14 @@
 """Flags: upstream's names and defaults, ours beside them, contradictions named."""
 
+import re
+
 import pytest
 from mace.tools import build_default_arg_parser
 
+import mace_lora
 from mace_lora import cli
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, MaceLoraError
+from mace_lora.training.arguments import check_files
 
 BASE = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini"]
 
@@ -82,14 +86,61 @@ def test_our_flags_in_a_config_file(tmp_path):
     assert overridden.options.rank == 3
 
 
-def test_help_is_ours(capsys):
+def test_help_has_ours_first_then_what_a_fine_tuning_needs(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "adapters (mace-lora)" in text
-    assert "--adapter NAME" in text
-    assert "--foundation_model" in text
+    ours, _, rest = text.partition("what a fine-tuning needs (mace-torch):")
+    needed, _, others = rest.partition("all other flags (mace-torch):")
+
+    def flags(part: str) -> list[str]:
+        return re.findall(r"^  (?:-h, )?(--\w+)", part, flags=re.M)
+
+    assert ours.partition("adapters (mace-lora):")[2]
+    assert flags(ours)[:4] == ["--adapter", "--lora", "--lora_rank", "--lora_alpha"]
+    assert flags(needed)[:3] == ["--name", "--foundation_model", "--foundation_head"]
+    assert 20 <= len(flags(needed)) <= 30
+    shown = flags(ours) + flags(needed) + flags(others)
+    theirs = flags(build_default_arg_parser().format_help())
+    assert len(shown) == len(set(shown))
+    assert set(flags(needed) + flags(others)) - {"--version"} < set(theirs) < set(shown)
+
+
+def test_version(capsys):
+    for command in (
+        lambda: cli.main(["--version"]),
+        lambda: cli.main_tools(["train", "--version"]),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            command()
+        assert capsys.readouterr().out == f"mace-lora {mace_lora.__version__}\n"
+    cli.main_tools(["--version"])
+    assert capsys.readouterr().out == f"mace-lora {mace_lora.__version__}\n"
+
+
+def test_an_unknown_key_in_a_config_file(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nlora: true\nlora_rnak: 2\n")
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(["--config", str(path)])
+    assert "Did you mean '--lora_rank'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--foundation_model=no.model"], "--foundation_model=no.model: there is no such file"),
+        (["--train_file=no.xyz"], "--train_file=no.xyz: there is no such file"),
+        (["--train_file=no_lmdb:neither_lmdb"], "there is no such file"),
+        (["--statistics_file=no.json"], "--statistics_file=no.json: there is no such file"),
+        (["--heads={'a': {'train_file': 'no.xyz'}}"], "--heads, a: train_file=no.xyz"),
+    ],
+)
+def test_missing_files(flags, said):
+    with pytest.raises(MaceLoraError) as error:
+        check_files(cli.parse(["--name=x", *flags])[0])
+    assert said in str(error.value)
 
 
 def test_tools(capsys):

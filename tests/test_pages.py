@@ -83,7 +83,7 @@ def test_the_names_of_the_package_are_listed():
 def test_the_commands_are_listed():
     table = (ROOT / "mace_lora/commands/README.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", table.partition("##")[0], flags=re.M)
-    assert set(listed) == {"train", *COMMANDS, "doctor"}
+    assert set(listed) == {"train", *COMMANDS}
 
 
 def test_the_tables_of_flags_are_up_to_date():

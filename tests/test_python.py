@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import jedi
 import numpy as np
 import pytest
 import torch
 from helpers.adapter_folders import make_adapter
 
+import mace_lora
 from mace_lora import (
     AdapterConfig,
     MaceLoraCalculator,
@@ -79,3 +81,16 @@ def test_loading_is_quiet(base, tmp_path):
         load_foundation("mini")
         load_adapter(base, folder)  # builds a model for its elements
     assert not [w for w in seen if "TorchScript" in str(w.message)]
+
+
+def test_editors_see_every_name():
+    """By jedi, which reads the package and runs nothing."""
+    offered = jedi.Script("import mace_lora\nmace_lora.").complete(2, len("mace_lora."))
+    assert set(mace_lora.__all__) <= {completion.name for completion in offered}
+
+
+def test_editors_see_signatures():
+    script = jedi.Script("import mace_lora\nmace_lora.inject(")
+    (signature,) = script.get_signatures(2, len("mace_lora.inject("))
+    assert [parameter.name for parameter in signature.params] == ["model", "config"]
+    assert "InjectionReport" in signature.to_string()

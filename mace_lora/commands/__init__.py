@@ -29,7 +29,7 @@ COMMANDS = {
     "extract": "the best low-rank adapter of a fully fine-tuned model",
     "eval": "errors on labelled frames, several adapters side by side",
     "doctor": "what is installed, what works, what doesn't, in plain words",
-    "completion": "flags and files at the press of Tab, in bash, zsh and tcsh",
+    "completion": "flags and files at the press of Tab, in bash and zsh",
 }
 TRAIN = "fine-tune or train: the same program as mace_run_train"
 _EXIT_CODES = "exit codes: 0 done; 1 refused or failed, with the reason on stderr; 2 wrong usage"

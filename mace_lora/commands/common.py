@@ -98,4 +98,5 @@ def bar(value: float, largest: float, width: int = 12) -> str:
     if not largest > 0:
         return " " * width
     eighths = round(8 * width * value / largest)
-    return ("█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]).ljust(width)
+    parts: list[str] = ["", *"▏▎▍▌▋▊▉"]
+    return ("█" * (eighths // 8) + parts[eighths % 8]).ljust(width)
