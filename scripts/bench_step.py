@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How fast a training step is, against mace-torch's own `--lora`, on the same batch in one process.
 
-    python scripts/bench_step.py --frames rmd17/revised_aspirin/train.xyz
+    python scripts/bench_step.py --frames rmd17/aspirin/train.xyz
 
 Both programs take mace-torch's own `take_step` (Adam with amsgrad, EMA, clipping at 10) on a model
 of the size of MACE-OFF23 medium with untrained weights, whose arithmetic is the same. Steps of all

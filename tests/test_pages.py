@@ -63,7 +63,8 @@ def test_every_page_is_reached_from_the_readme():
     seen, todo = set(), [ROOT / "README.md"]
     while todo:
         page = todo.pop()
-        if page in seen or page.suffix != ".md":
+        page = page / "README.md" if page.is_dir() else page
+        if page in seen or page.suffix != ".md" or not page.exists():
             continue
         seen.add(page)
         links = re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", prose(page))

@@ -220,7 +220,7 @@ def story(tmp_path, monkeypatch) -> Path:
     frames = ase.io.read(DATA / "ethanol_train.xyz", index=":20")
     for file, chosen in {"train": frames, "test": frames[:4], "old": frames[4:6]}.items():
         ase.io.write(folder / f"{file}.xyz", chosen, format="extxyz")
-    aspirin = folder / "DATA" / "rmd17" / "revised_aspirin"
+    aspirin = folder / "DATA" / "rmd17" / "aspirin"
     aspirin.mkdir(parents=True)
     shutil.copy(folder / "train.xyz", aspirin)
     double = base.to(torch.float64)
