@@ -1,14 +1,14 @@
 """What every adapter is: a change of one weight by a few trainable factors, W -> f(W, factors).
 
-An adapter is a parametrisation (`torch.nn.utils.parametrize`) of a tensor of a layer, so the layer
-keeps its class, its code and its place, and merging means writing the effective weight down. Where
-the mathematics needs the layer's input, an `OutputAdapter` wraps the layer instead. Facts about a
-method are data on its class, asked by those who need them; its options are in `options.py`.
+A `WeightAdapter` is a parametrisation (`torch.nn.utils.parametrize`) of a tensor of a layer, so the
+layer keeps its class, its code and its place, and merging means writing the effective weight down.
+Where the mathematics needs the layer's input, an `OutputAdapter` wraps the layer instead. Facts
+about a method are data on its class, asked by those who need them; its options are in `options.py`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch.nn.utils import parametrize
@@ -17,13 +17,17 @@ from mace_lora.adapters.layout import Site, WeightLayout
 from mace_lora.adapters.options import AdapterOptions
 from mace_lora.errors import ConfigError
 
+O = TypeVar("O", bound=AdapterOptions)
 
-class Adapter(torch.nn.Module):
-    """The change of one weight. Its parameters, all of them, are what is trained.
+
+class Adapter(torch.nn.Module, Generic[O]):
+    """A change of one weight or of one layer. Its parameters, all of them, are what is trained.
+
+    Methods derive from `WeightAdapter` or from `OutputAdapter`.
 
     Class facts:
         mergeable: the effective weight does not depend on the input.
-        kinds: kinds of layers (`blocks.KINDS`) that the method adapts; the target preset "all".
+        kinds: kinds of layers (`model.layers.KINDS`) that the method adapts; the preset "all".
         default_kinds: those of them that the target preset "default" means.
     """
 
@@ -31,19 +35,16 @@ class Adapter(torch.nn.Module):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial", "skip", "contraction")
     default_kinds: ClassVar[tuple[str, ...]] = ("linear", "dense", "radial")
 
-    def __init__(self, layout: WeightLayout, options: AdapterOptions) -> None:
+    def __init__(self, layout: WeightLayout, options: O) -> None:
         super().__init__()
         self.layout = layout
         self.options = options
+        self.config: object = None  # the `AdapterConfig` of the whole injection
 
     @classmethod
-    def make(cls, site: Site, options: AdapterOptions) -> Adapter:
-        """The adapter for one site. A method that treats kinds differently chooses here."""
+    def make(cls, site: Site, options: O) -> AnyAdapter:
+        """The adapter for one site. A method that treats layouts differently chooses here."""
         return cls(site.layout, options)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The effective weight, of the shape of `weight`."""
-        raise NotImplementedError
 
     def lr_factors(self) -> dict[str, float]:
         """Learning rates of parameters, by name, relative to the run's; those not named have it."""
@@ -70,9 +71,24 @@ class Adapter(torch.nn.Module):
         )
 
     @classmethod
-    def banner(cls, options: AdapterOptions) -> str:
+    def banner(cls, options: O) -> str:
         """A line for the log when a run starts, or nothing."""
         return ""
+
+    def attach(self, site: Site, model: torch.nn.Module) -> None:
+        """Become part of the layer at `site` in `model`."""
+        raise NotImplementedError
+
+
+AnyAdapter: TypeAlias = Adapter[Any]
+
+
+class WeightAdapter(Adapter[O]):
+    """A change of a weight, from the weight alone: it merges."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The effective weight, of the shape of `weight`."""
+        raise NotImplementedError
 
     def attach(self, site: Site, model: torch.nn.Module) -> None:
         """Become part of the layer: from now on its weight is the effective one."""
@@ -82,11 +98,8 @@ class Adapter(torch.nn.Module):
         self.eval()  # nothing is drawn but in training steps: torch has taken over the layer's mode
 
 
-class OutputAdapter(Adapter):
-    """A change of a layer's output that depends on its input, and so has no merged weight.
-
-    `forward(features, output)` replaces `forward(weight)`.
-    """
+class OutputAdapter(Adapter[O]):
+    """A change of a layer's output that depends on its input, and so has no merged weight."""
 
     mergeable = False
 
@@ -105,7 +118,7 @@ class OutputAdapter(Adapter):
 class Gated(torch.nn.Module):
     """A linear layer whose output an `OutputAdapter` changes. TorchScript can compile it."""
 
-    def __init__(self, ungated: torch.nn.Module, gate: OutputAdapter) -> None:
+    def __init__(self, ungated: torch.nn.Module, gate: OutputAdapter[Any]) -> None:
         super().__init__()
         self.irreps_in = ungated.irreps_in  # mace-torch reads them off its layers
         self.irreps_out = ungated.irreps_out
@@ -114,7 +127,8 @@ class Gated(torch.nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """features: (..., irreps_in.dim) to (..., irreps_out.dim)."""
-        return self.gate(features, self.ungated(features))
+        adapted: torch.Tensor = self.gate(features, self.ungated(features))
+        return adapted
 
 
 def plain_name(path: str) -> str:

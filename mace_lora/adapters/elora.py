@@ -11,19 +11,22 @@ are trained in full. There the frequencies are in no optimiser group and never m
 
 from __future__ import annotations
 
-from mace_lora.adapters.base import Adapter
+from mace_lora.adapters.base import AnyAdapter
+from mace_lora.adapters.full_update import FullUpdate
 from mace_lora.adapters.layout import Site
-from mace_lora.adapters.low_rank import PathUpdate, path_update
 from mace_lora.adapters.options import EloraOptions
+from mace_lora.adapters.paths import PathUpdate
 
 
-class Elora(PathUpdate):
+class Elora(PathUpdate[EloraOptions]):
     """A and B per path of one weight."""
 
     kinds = ("linear", "dense", "radial", "skip", "contraction", "basis")
     default_kinds = kinds
 
     @classmethod
-    def make(cls, site: Site, options: EloraOptions) -> Adapter:
+    def make(cls, site: Site, options: EloraOptions) -> AnyAdapter:
         """Low rank for the large weights, in full for the small ones."""
-        return path_update(site, options, options.cap, options.simplify)
+        if site.layout.small:
+            return FullUpdate(site.layout, options)
+        return cls(site.layout, options, options.cap, options.simplify)

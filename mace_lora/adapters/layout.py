@@ -1,10 +1,12 @@
 """A weight as adapters see it: matrices, one per path of a layer, inside one tensor.
 
-Adapters see matrices and never ask what layer they came from; `model.layers` knows.
+Adapters see matrices and never ask what layer they came from. What they need to know of it are
+fields of `WeightLayout`, which `model.layers` fills in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,10 +63,21 @@ class IrrepBlock:
 class WeightLayout:
     """A weight tensor as matrices that act from the input (rows) to the output (cols).
 
-    `unit` is the standard deviation that a random matrix needs, in the layer's own normalisation,
-    to turn inputs of unit variance into outputs of unit variance. `inputs` and `outputs` are the
-    features of an equivariant linear layer; `component_major`: inside a block of them the component
-    is the slow index and the copy the fast one (cuequivariance's ir_mul).
+    Attributes:
+        kind: what the layer is called in targets and reports; nothing is to be computed from it.
+        shape: of the tensor, or the flat one where its shape depends on the kernels in use.
+        groups: the matrices of whole irreps.
+        blocks: the matrices of single paths, in storage order.
+        unit: the standard deviation that a random matrix needs, in the layer's own normalisation,
+            to turn inputs of unit variance into outputs of unit variance.
+        transposed: the tensor is (cols, rows), as in torch.nn.Linear.
+        inputs, outputs: the features of an equivariant linear layer; empty for other layers.
+        component_major: inside a block of these features the component is the slow index and the
+            copy the fast one (cuequivariance's ir_mul).
+        normalised: a further layer of this kind, put behind it, would divide by the square root of
+            the number of copies that it reads.
+        upstream_std: the standard deviation with which mace-torch's `--lora` draws A.
+        small: too few numbers for factors to pay.
     """
 
     kind: str
@@ -72,16 +85,22 @@ class WeightLayout:
     groups: tuple[Group, ...]
     blocks: tuple[Block, ...]
     unit: float = 1.0
-    transposed: bool = False  # torch.nn.Linear stores (out, in)
+    transposed: bool = False
     inputs: tuple[IrrepBlock, ...] = ()
     outputs: tuple[IrrepBlock, ...] = ()
     component_major: bool = False
+    normalised: bool = False
+    upstream_std: float = 1e-3
+    small: bool = False
 
     def simplified(self) -> WeightLayout:
         """Neighbouring inputs of one irrep as one block: 4x0e + 3x0e becomes 7x0e.
 
-        Only where their matrices lie one below the other in storage already.
+        Only in equivariant linear layers, and where their matrices lie one below the other in
+        storage already.
         """
+        if not self.inputs:
+            return self
         merged: list[Block] = []
         for block in self.blocks:
             last = merged[-1] if merged else None
@@ -103,13 +122,26 @@ class WeightLayout:
         flat = weight.reshape(-1)
         return [flat[b.start : b.start + b.size].view(b.rows, b.cols) for b in self.blocks]
 
-    def join(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+    def join(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
         """The inverse of `split`: one tensor of `shape` from a matrix per block."""
         if self.transposed:
             return matrices[0].t()
         if len(matrices) == 1:
             return matrices[0].reshape(self.shape)
         return torch.cat([m.reshape(-1) for m in matrices]).view(self.shape)
+
+    def blocks_of_groups(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Cut the matrices of the groups into those of the blocks."""
+        return [
+            matrices[b.group][b.row : b.row + b.rows, b.col : b.col + b.cols] for b in self.blocks
+        ]
+
+    def groups_of_blocks(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The inverse of `blocks_of_groups`; zero where a group has no path."""
+        found = [matrices[0].new_zeros(group.rows, group.cols) for group in self.groups]
+        for b, matrix in zip(self.blocks, matrices, strict=True):
+            found[b.group][b.row : b.row + b.rows, b.col : b.col + b.cols] = matrix
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,7 +156,8 @@ class Site:
     @property
     def weight(self) -> torch.Tensor:
         """The weight in use: the effective one where an adapter is attached."""
-        return getattr(self.module, self.tensor)
+        weight: torch.Tensor = getattr(self.module, self.tensor)
+        return weight
 
 
 @dataclass(frozen=True)

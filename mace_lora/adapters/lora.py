@@ -15,23 +15,18 @@ from __future__ import annotations
 import torch
 
 from mace_lora.adapters.layout import WeightLayout
-from mace_lora.adapters.low_rank import (
-    LowRank,
-    blocks_of_groups,
-    group_parts,
-    groups_of_blocks,
-)
+from mace_lora.adapters.low_rank import LowRank, group_parts
 from mace_lora.adapters.options import LoraOptions
 
 
-class Lora(LowRank):
+class Lora(LowRank[LoraOptions]):
     """A and B per irrep of one weight."""
 
     def __init__(self, layout: WeightLayout, options: LoraOptions) -> None:
         super().__init__(layout, options, group_parts(layout, options))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self.layout.join(blocks_of_groups(self.layout, self.updates()))
+        return weight + self.layout.join(self.layout.blocks_of_groups(self.updates()))
 
     def fit(self, update: torch.Tensor) -> None:
-        self.fit_parts(groups_of_blocks(self.layout, self.layout.split(update)))
+        self.fit_parts(self.layout.groups_of_blocks(self.layout.split(update)))

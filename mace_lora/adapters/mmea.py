@@ -22,16 +22,17 @@ from __future__ import annotations
 
 import torch
 
-from mace_lora.adapters.base import Adapter, OutputAdapter
+from mace_lora.adapters.base import AnyAdapter, OutputAdapter
+from mace_lora.adapters.full_update import FullUpdate
 from mace_lora.adapters.layout import IrrepBlock, Site, WeightLayout
-from mace_lora.adapters.low_rank import path_update
 from mace_lora.adapters.options import MMEA_STD, LowRankOptions, MmeaOptions
+from mace_lora.adapters.paths import PathUpdate
 
 # |c| stays below this before exp: gates lie between 1/148 and 148
 BOUND = 5.0
 
 
-class Mmea(OutputAdapter):
+class Mmea(OutputAdapter[MmeaOptions]):
     """The gates of one equivariant linear layer.
 
     Its parameters: hidden_weight (rank, scalars in) and hidden_bias, H and b_h; shift_weight
@@ -53,20 +54,22 @@ class Mmea(OutputAdapter):
         rank, n_in = options.rank, sum(mul for _, mul in self.sources)
         self.hidden_weight = torch.nn.Parameter(torch.empty(rank, n_in))
         self.hidden_bias = torch.nn.Parameter(torch.zeros(rank))
-        for name, rows in (("shift", n_shifts), ("scale", n_scales)):
-            shapes = {"weight": (rows, rank), "bias": (rows,)}
-            for kind, shape in shapes.items():
-                parameter = torch.nn.Parameter(torch.zeros(shape)) if rows else None
-                self.register_parameter(f"{name}_{kind}", parameter)
+        self.shift_weight = _zeros(n_shifts, rank)
+        self.shift_bias = _zeros(n_shifts)
+        self.scale_weight = _zeros(n_scales, rank)
+        self.scale_bias = _zeros(n_scales)
         self.initialise()
 
     @classmethod
-    def make(cls, site: Site, options: MmeaOptions) -> Adapter:
+    def make(cls, site: Site, options: MmeaOptions) -> AnyAdapter:
         """Gates for a linear layer that reads scalars, ELoRA's update for any other weight."""
-        if site.layout.kind == "linear" and scalars_read(site.layout, options):
-            return cls(site.layout, options)
+        layout = site.layout
+        if scalars_read(layout, options):
+            return cls(layout, options)
         low_rank = LowRankOptions(rank=options.lora_rank, alpha=options.lora_alpha)
-        return path_update(site, low_rank, cap=not options.reference)
+        if layout.small:
+            return FullUpdate(layout, low_rank)
+        return PathUpdate(layout, low_rank, cap=not options.reference)
 
     @classmethod
     def banner(cls, options: MmeaOptions) -> str:
@@ -121,9 +124,16 @@ class Mmea(OutputAdapter):
         return torch.cat(adapted, dim=-1)
 
 
+def _zeros(rows: int, *columns: int) -> torch.nn.Parameter | None:
+    return torch.nn.Parameter(torch.zeros(rows, *columns)) if rows else None
+
+
 def scalars_read(layout: WeightLayout, options: MmeaOptions) -> list[IrrepBlock]:
-    """The input blocks that feed the hidden layer: scalars; in the reference, the first ones."""
-    if not options.reference:
+    """The input blocks that feed the hidden layer: scalars; in the reference, the first ones.
+
+    None where the layer is no equivariant linear layer.
+    """
+    if not options.reference or not layout.inputs:
         return [b for b in layout.inputs if b.scalar]
     first = layout.inputs[0]
     alike = [(b.dim, b.even) == (first.dim, first.even) for b in layout.inputs]

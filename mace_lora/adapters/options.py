@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mace_lora.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _BIASES = ("none", "adapted", "all")
 INITS: dict[str, str] = {
@@ -92,7 +95,7 @@ class AdapterOptions:
         if not all(isinstance(t, str) and t for t in texts):
             raise ConfigError(f"{name}={texts!r}: one or more non-empty texts are needed")
 
-    def for_layer(self, name: str) -> AdapterOptions:
+    def for_layer(self, name: str) -> Self:
         """The options of one layer, where patterns make them differ."""
         return self
 
@@ -143,7 +146,7 @@ class LowRankOptions(AdapterOptions):
     )
     lr_ratio: float = option(1.0, "learning rate of B, as a multiple of that of A (LoRA+)")
 
-    lowest_rank = 1
+    lowest_rank: ClassVar[int] = 1
 
     def check(self) -> None:
         check_rank("rank", self.rank, self.lowest_rank)
@@ -159,12 +162,12 @@ class LowRankOptions(AdapterOptions):
         if self.init not in INITS:
             raise ConfigError(f"init={self.init}: {did_you_mean(str(self.init), INITS)}")
 
-    def _pattern(self, name: str, text: str) -> tuple[str, Any]:
+    def _pattern(self, name: str, text: str) -> tuple[str, float]:
         """`PATTERN=VALUE` as both, checked."""
         pattern, _, value = text.rpartition("=")
         try:
             re.compile(pattern)
-            number = int(value) if name == "rank_pattern" else float(value)
+            number: float = int(value) if name == "rank_pattern" else float(value)
         except (re.error, ValueError) as error:
             raise ConfigError(f"{name}={text}: PATTERN=NUMBER is needed ({error})") from None
         if not pattern:
@@ -175,16 +178,14 @@ class LowRankOptions(AdapterOptions):
             check_alpha(f"{name}={pattern}", number)
         return pattern, number
 
-    def for_layer(self, name: str) -> LowRankOptions:
-        rank, alpha = self._of_layer("rank", name), self._of_layer("alpha", name)
-        return replace(self, rank=rank, alpha=alpha, rank_pattern=(), alpha_pattern=())
-
-    def _of_layer(self, option_: str, name: str) -> Any:
-        pairs = (
-            self._pattern(f"{option_}_pattern", t) for t in getattr(self, f"{option_}_pattern")
-        )
-        found = [value for pattern, value in pairs if re.search(pattern, name)]
-        return found[0] if found else getattr(self, option_)
+    def for_layer(self, name: str) -> Self:
+        values: dict[str, Any] = {"rank_pattern": (), "alpha_pattern": ()}
+        for option_, key in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            pairs = (self._pattern(option_, text) for text in getattr(self, option_))
+            found = [value for pattern, value in pairs if re.search(pattern, name)]
+            if found:
+                values[key] = found[0]
+        return replace(self, **values)
 
     def layer_patterns(self) -> tuple[str, ...]:
         return tuple(
@@ -202,7 +203,9 @@ class LowRankOptions(AdapterOptions):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def check_rank(name: str, value: object, lowest: int = 1) -> None:
@@ -248,7 +251,7 @@ class DoraOptions(LowRankOptions):
 
     rank: int = option(4, "rank of the direction's update; 0 trains the magnitudes alone")
 
-    lowest_rank = 0
+    lowest_rank: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,7 @@ class MmeaOptions(AdapterOptions):
             if getattr(self, name) not in known:
                 value = str(getattr(self, name))
                 raise ConfigError(f"{name}={value}: {did_you_mean(value, known)}")
-        number = isinstance(self.std, (int, float)) and not isinstance(self.std, bool)
-        if not number or not math.isfinite(self.std) or self.std < 0:
+        if not _is_number(self.std) or self.std < 0:
             raise ConfigError(f"std={self.std}: a finite number of 0 or more is needed")
         if self.std and self.init in ("zero", "uniform"):
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from mace_lora.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from mace_lora.adapters.base import Adapter
+    from mace_lora.adapters.base import AnyAdapter
     from mace_lora.adapters.options import AdapterOptions
 
 # name -> its class and the class of its options, each as file:name in this folder. Options that
@@ -21,13 +21,13 @@ METHODS: dict[str, tuple[str, str]] = {
 }
 
 
-def get_method(name: str) -> type[Adapter]:
+def get_method(name: str) -> type[AnyAdapter]:
     """The adapter class called `name`.
 
     Raises:
         ConfigError: no such method; the message lists the known ones.
     """
-    return cast("type[Adapter]", _find(name, 0))
+    return cast("type[AnyAdapter]", _find(name, 0))
 
 
 def options_of(name: str) -> type[AdapterOptions]:

@@ -127,7 +127,7 @@ def _adapter(folder: Path, base: str | None) -> dict[str, Any]:
         layer, factor = artefact.split_factor(name)
         entry = layers.setdefault(layer, {"parameters": 0, "ranks": []})
         entry["parameters"] += tensor.numel()
-        if factor.startswith("A."):
+        if factor.startswith("lora_A."):
             entry["ranks"].append(tensor.shape[1])
     found = {
         "what": "adapter",

@@ -1,9 +1,12 @@
 """The adapter directory: `adapter_model.safetensors` and `adapter_config.json`, nothing executable.
 
-The tensors are the adapter's factors by `<weight>.<factor>`. The configuration says which method
+The tensors are the adapter's factors by `<weight>.<factor>`, such as
+`readouts.0.linear.lora_A.0`. The configuration says which method
 with which options, which base model they belong to (by fingerprint), and what else the fine-tuning
 changed (elements kept, E0s, scale and shift, heads), so that base and adapter give exactly the
 merged model. A key that is not known is an error: ignoring it would change predicted energies.
+
+Format 2 differs from format 1 in the names of low-rank factors alone; both are read.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,9 +29,11 @@ from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.files import whole_folder
 from mace_lora.model.injection import adapter_parameters
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# How factors were called in format 1
+_FORMER_NAMES = {"A": "lora_A", "B": "lora_B", "gain": "lora_gain"}
 _KEYS = {"format", "versions", "method", "options", "base", "model"}
 
 
@@ -53,7 +59,7 @@ class Artefact:
 def write(
     folder: str | Path,
     config: AdapterConfig,
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     base: dict[str, Any],
     model: dict[str, Any],
 ) -> None:
@@ -123,7 +129,9 @@ def read(folder: str | Path) -> Artefact:
         raise ArtefactError(f"{folder} has no {TENSORS}: is it an adapter directory?") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"{folder / TENSORS} can't be read: {error}") from None
-    return Artefact(config, tensors, content["base"], content["model"], content["versions"])
+    return Artefact(
+        config, current_names(tensors), content["base"], content["model"], content["versions"]
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -152,7 +160,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_description(where: str, table: dict[str, Any]) -> None:
-    """Raises ArtefactError unless `table` describes a model as `host.models.describe` does."""
+    """Raises ArtefactError unless `table` describes a model as `description.describe` does."""
     numbers, heads = table.get("atomic_numbers"), table.get("heads")
     checks = {
         "fingerprint": isinstance(table.get("fingerprint"), str),
@@ -192,12 +200,22 @@ def _is_list_of(values: Any, kind: type) -> bool:
 
 
 def split_factor(name: str) -> tuple[str, str]:
-    """`<weight>.<factor>` in its two parts: factors are called `A.0`, `B.0`, `D`, `shift_bias`."""
+    """`<weight>.<factor>` in its two parts: factors are called `lora_A.0`, `D`, `shift_bias`."""
     head, _, last = name.rpartition(".")
     if last.isdigit():
         head, _, factor = head.rpartition(".")
         last = f"{factor}.{last}"
     return head, last
+
+
+def current_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The factors of an adapter or a checkpoint under the names that they have today."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        weight, factor = split_factor(name)
+        kind, dot, number = factor.partition(".")
+        renamed[f"{weight}.{_FORMER_NAMES.get(kind, kind)}{dot}{number}"] = tensor
+    return renamed
 
 
 @torch.no_grad()

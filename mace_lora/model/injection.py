@@ -7,15 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
-from mace_lora.adapters.base import Adapter, plain_name
-from mace_lora.adapters.layout import Skipped
-from mace_lora.adapters.low_rank import FullUpdate
+from mace_lora.adapters.base import Adapter, AnyAdapter, plain_name
+from mace_lora.adapters.full_update import FullUpdate
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import ConfigError, NoLayerMatched
-from mace_lora.model.layers import find_sites
+from mace_lora.errors import ConfigError
 from mace_lora.model.report import AdaptedLayer, InjectionReport
-from mace_lora.model.selection import biases, check_patterns, saved_in_full, select
+from mace_lora.model.selection import Choice, choose
 
 
 def check_model(model: object) -> None:
@@ -26,7 +24,7 @@ def check_model(model: object) -> None:
         )
 
 
-def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, AnyAdapter]]:
     """Every adapter in `model` with the name of the weight it changes, in model order.
 
     Raises:
@@ -42,7 +40,7 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Every adapter parameter, by `<weight>.<factor>`: what is trained, and what is saved.
 
     For an optimiser: `torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-3)`. Shapes are
-    (rows, rank) for a factor A and (rank, columns) for B. Empty where there are no adapters.
+    (rows, rank) for a factor lora_A and (rank, columns) for lora_B. Empty where there are none.
 
     Raises:
         ConfigError: `model` is no torch module.
@@ -52,6 +50,12 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         for name, adapter in adapters(model)
         for factor, parameter in adapter.named_parameters()
     }
+
+
+def config_of(model: torch.nn.Module) -> AdapterConfig | None:
+    """What the adapters of `model` were injected with; None where it carries none."""
+    configs = (adapter.config for _, adapter in adapters(model))
+    return next((config for config in configs if isinstance(config, AdapterConfig)), None)
 
 
 @contextmanager
@@ -90,6 +94,15 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
         ConfigError: the model carries adapters already, or an argument is of a wrong type.
         NoLayerMatched: a target matches no layer.
     """
+    _check_arguments(model, config)
+    before = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    choice = choose(model, config)
+    layers = _attach(model, config, choice)
+    freeze_base(model)
+    return InjectionReport(config, layers, choice.skipped, before, model_parts(model))
+
+
+def _check_arguments(model: torch.nn.Module, config: object) -> None:
     if any(True for _ in adapters(model)):
         raise ConfigError("the model carries adapters already; merge them before injecting others")
     if not isinstance(config, AdapterConfig):
@@ -97,31 +110,13 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
             f"an AdapterConfig is needed, found {config!r}: make one with "
             'AdapterConfig.create("lora", rank=8)'
         )
-    before = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    method = get_method(config.method)
-    sites, skipped = find_sites(model)
-    presets = {"default": method.default_kinds, "all": method.kinds}
-    skipped += [
-        Skipped(s.name, s.weight.numel(), f"{config.method} leaves these alone: {s.layout.kind}")
-        for s in sites
-        if s.layout.kind not in method.kinds
-    ]
-    options = config.options
-    in_full = saved_in_full(model, options.modules_to_save)
-    sites = [s for s in sites if s.layout.kind in method.kinds and s.name not in in_full]
-    chosen, left_out = select(sites, options.targets, presets)
-    if options.exclude:
-        excluded = {s.name for s in select(chosen, options.exclude, presets)[0]}
-        left_out += [
-            Skipped(s.name, s.weight.numel(), "excluded") for s in chosen if s.name in excluded
-        ]
-        chosen = [s for s in chosen if s.name not in excluded]
-    if not chosen and not in_full:
-        raise NoLayerMatched(f"exclude={' '.join(options.exclude)} leaves nothing to train")
-    check_patterns(options.layer_patterns(), chosen)
-    in_full |= biases(model, options.bias, chosen)
-    made = [(s, method.make(s, options.for_layer(s.name))) for s in chosen]
-    made += [(s, FullUpdate(s.layout, options)) for s in in_full.values()]
+
+
+def _attach(model: torch.nn.Module, config: AdapterConfig, choice: Choice) -> list[AdaptedLayer]:
+    """Make an adapter for every chosen weight and attach it."""
+    method, options = get_method(config.method), config.options
+    made = [(site, method.make(site, options.for_layer(site.name))) for site in choice.adapted]
+    made += [(site, FullUpdate(site.layout, options)) for site in choice.in_full]
     layers = []
     for site, adapter in made:
         size = site.weight.numel()
@@ -129,9 +124,7 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
         adapter.attach(site, model)
         trainable = sum(p.numel() for p in adapter.parameters())
         layers.append(AdaptedLayer(site.name, site.layout.kind, size, trainable, adapter.notes()))
-    freeze_base(model)
-    skipped = [s for s in skipped + left_out if s.name.removesuffix(".weight") not in in_full]
-    return InjectionReport(config, layers, skipped, before, model_parts(model))
+    return layers
 
 
 def freeze_base(model: torch.nn.Module) -> None:

@@ -1,77 +1,97 @@
-"""Which weights of a model are meant by targets, patterns and names."""
+"""Choose the weights that an injection changes: targets, exceptions, what is trained in full."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 
-from mace_lora.adapters.layout import Block, Group, Site, Skipped, WeightLayout
+from mace_lora.adapters.layout import Site, Skipped
+from mace_lora.adapters.registry import get_method
+from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError, NoLayerMatched
-from mace_lora.model.layers import KINDS, reordered
-
-# Constants of a model that can be trained in full: buffers, by the ends of their names
-CONSTANTS = ("scale_shift.scale", "scale_shift.shift", "atomic_energies_fn.atomic_energies")
+from mace_lora.model.layers import KINDS, find_biases, find_sites, find_tensors
 
 
-def find_tensors(model: torch.nn.Module) -> list[Site]:
-    """Every parameter of `model` and its CONSTANTS, as matrices of one row of the kind `full`.
+@dataclass(frozen=True)
+class Choice:
+    """What an injection changes.
 
-    Weights in another order than e3nn's, in which adapters are saved, are left out.
+    Attributes:
+        adapted: the weights that get an adapter of the method.
+        in_full: those that are trained in full, E0s, scale and shift included.
+        skipped: parameters that are left alone, and why.
     """
-    found = []
-    for path, module in model.named_modules():
-        if reordered(module):
-            continue
-        buffers = module.named_buffers(recurse=False)
-        constants = [(n, b) for n, b in buffers if f"{path}.{n}".endswith(CONSTANTS)]
-        for tensor, value in [*module.named_parameters(recurse=False), *constants]:
-            size = math.prod(value.shape)
-            if size:
-                layout = WeightLayout(
-                    "full",
-                    tuple(value.shape),
-                    (Group("all", 1, size),),
-                    (Block(0, 1, size, 0),),
-                )
-                name = f"{path}.{tensor}".lstrip(".").removesuffix(".weight")
-                found.append(Site(name, module, tensor, layout))
-    return found
+
+    adapted: list[Site]
+    in_full: list[Site]
+    skipped: list[Skipped]
 
 
-def saved_in_full(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, Site]:
-    """The tensors that any of `patterns` matches, by name.
+def choose(model: torch.nn.Module, config: AdapterConfig) -> Choice:
+    """The weights of `model` that `config` means.
 
     Raises:
-        NoLayerMatched: naming the pattern that matches nothing.
+        ConfigError: a target is no regular expression.
+        NoLayerMatched: a target or another pattern matches nothing, or nothing is left to train.
     """
-    if not patterns:
-        return {}
-    sites = find_tensors(model)
-    chosen, _ = select(sites, patterns, {}, kinds=())
-    return {site.name: site for site in chosen}
+    method, options = get_method(config.method), config.options
+    presets = {"default": method.default_kinds, "all": method.kinds}
+    sites, skipped = find_sites(model)
+    fitting = [site for site in sites if site.layout.kind in method.kinds]
+    skipped += [
+        _skip(site, f"{config.method} leaves these alone: {site.layout.kind}")
+        for site in sites
+        if site.layout.kind not in method.kinds
+    ]
+    in_full = select(find_tensors(model), options.modules_to_save)
+    fitting = _without(fitting, in_full)
+    targeted = select(fitting, options.targets, presets, KINDS)
+    skipped += [
+        _skip(site, f"{site.layout.kind} layer, not among the targets")
+        for site in _without(fitting, targeted)
+    ]
+    excluded = select(targeted, options.exclude, presets, KINDS)
+    skipped += [_skip(site, "excluded") for site in excluded]
+    adapted = _without(targeted, excluded)
+    if not adapted and not in_full:
+        raise NoLayerMatched(f"exclude={' '.join(options.exclude)} leaves nothing to train")
+    _check_patterns(options.layer_patterns(), adapted)
+    in_full += _without(_biases(model, options.bias, adapted), in_full)
+    trained = {site.name for site in in_full}
+    skipped = [s for s in skipped if s.name.removesuffix(".weight") not in trained]
+    return Choice(adapted, in_full, skipped)
 
 
-def biases(model: torch.nn.Module, which: str, chosen: list[Site]) -> dict[str, Site]:
-    """The biases of all layers, of the `chosen` ones, or none, by name.
+def _skip(site: Site, reason: str) -> Skipped:
+    return Skipped(site.name, site.weight.numel(), reason)
+
+
+def _without(sites: list[Site], others: list[Site]) -> list[Site]:
+    names = {site.name for site in others}
+    return [site for site in sites if site.name not in names]
+
+
+def _biases(model: torch.nn.Module, which: str, adapted: list[Site]) -> list[Site]:
+    """The biases of all layers, of the `adapted` ones, or none.
 
     Raises:
         NoLayerMatched: there is none.
     """
     if which == "none":
-        return {}
-    found = {s.name: s for s in find_tensors(model) if s.tensor == "bias"}
+        return []
+    found = find_biases(model)
     if which == "adapted":
-        modules = {id(s.module) for s in chosen}
-        found = {name: s for name, s in found.items() if id(s.module) in modules}
+        modules = {id(site.module) for site in adapted}
+        found = [site for site in found if id(site.module) in modules]
     if not found:
         raise NoLayerMatched(f"bias={which}: there is no such bias in this model")
     return found
 
 
-def check_patterns(patterns: tuple[str, ...], sites: list[Site]) -> None:
+def _check_patterns(patterns: tuple[str, ...], sites: list[Site]) -> None:
     """Raises NoLayerMatched for a pattern of a rank or an alpha that matches no adapted layer."""
     for pattern in patterns:
         if not any(re.search(pattern, s.name) for s in sites):
@@ -81,13 +101,16 @@ def check_patterns(patterns: tuple[str, ...], sites: list[Site]) -> None:
 def select(
     sites: list[Site],
     targets: tuple[str, ...],
-    presets: dict[str, tuple[str, ...]],
-    kinds: Iterable[str] = KINDS,
-) -> tuple[list[Site], list[Skipped]]:
-    """The sites that any of `targets` matches, and the others as skipped.
+    presets: dict[str, tuple[str, ...]] | None = None,
+    kinds: Collection[str] = (),
+) -> list[Site]:
+    """The sites that any of `targets` matches.
 
-    A target is a preset (kinds of layers by name), a kind of layer, or a regular expression that is
-    searched for in the names of the sites.
+    Args:
+        sites: to choose from.
+        targets: presets, kinds of layers, or regular expressions over the names of the sites.
+        presets: kinds of layers by the name of the preset.
+        kinds: the kinds that can be meant.
 
     Raises:
         NoLayerMatched: naming the target that matches nothing.
@@ -95,7 +118,7 @@ def select(
     """
     chosen: set[str] = set()
     for target in targets:
-        meant = presets.get(target, (target,) if target in kinds else None)
+        meant = (presets or {}).get(target, (target,) if target in kinds else None)
         if meant is not None:
             matched = {s.name for s in sites if s.layout.kind in meant}
         else:
@@ -106,12 +129,7 @@ def select(
         if not matched:
             raise NoLayerMatched(_no_match(target, sites))
         chosen |= matched
-    others = [
-        Skipped(s.name, s.weight.numel(), f"{s.layout.kind} layer, not among the targets")
-        for s in sites
-        if s.name not in chosen
-    ]
-    return [s for s in sites if s.name in chosen], others
+    return [s for s in sites if s.name in chosen]
 
 
 def _no_match(target: str, sites: list[Site]) -> str:

@@ -57,7 +57,7 @@ def test_equals_a_second_path_through_two_linear_layers(irreps_in, irreps_out):
 def _copy_factors(adapter: Lora, first: o3.Linear, second: o3.Linear, middle: o3.Irreps) -> None:
     """The same numbers in A and B as in the two layers, whose blocks may be several per irrep."""
     with torch.no_grad():
-        for group, a, b in zip(adapter.layout.groups, adapter.A, adapter.B, strict=True):
+        for group, a, b in zip(adapter.layout.groups, adapter.lora_A, adapter.lora_B, strict=True):
             index = next(i for i, (_, ir) in enumerate(middle) if str(ir) == group.label)
             rows = [w for _, i, w in first.weight_views(yield_instruction=True) if i.i_out == index]
             cols = [w for _, i, w in second.weight_views(yield_instruction=True) if i.i_in == index]
@@ -75,7 +75,7 @@ def test_equals_upstream_lora_with_the_same_factors(build, frames, name):
     with torch.no_grad():
         for layer, adapter in adapters(model):
             twin = modules[layer]
-            for name_, parameters in (("lora_A", adapter.A), ("lora_B", adapter.B)):
+            for name_, parameters in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B)):
                 factor = getattr(twin, name_)
                 weight = factor if isinstance(factor, torch.nn.Parameter) else factor.weight
                 weight.copy_(torch.cat([p.reshape(-1) for p in parameters]).view(weight.shape))
@@ -89,7 +89,7 @@ def test_update_is_alpha_over_rank_times_the_product(build):
     for name, adapter in adapters(model):
         layer = model.get_submodule(name)
         update = layer.weight - layer.parametrizations.weight.original
-        assert torch.allclose(update, 3.0 * adapter.A[0] @ adapter.B[0])
+        assert torch.allclose(update, 3.0 * adapter.lora_A[0] @ adapter.lora_B[0])
 
 
 def test_rank_is_capped_per_irrep_and_said(build):
@@ -99,7 +99,7 @@ def test_rank_is_capped_per_irrep_and_said(build):
     assert "readouts.0.linear: 0e: 4 -> 1 uses rank 1" in capped
     assert "interactions.0.linear_up: 0e: 4 -> 4 uses rank 4" in capped
     for _, adapter in adapters(model):
-        for group, a, b in zip(adapter.layout.groups, adapter.A, adapter.B, strict=True):
+        for group, a, b in zip(adapter.layout.groups, adapter.lora_A, adapter.lora_B, strict=True):
             assert a.shape == (group.rows, min(16, group.rows, group.cols))
             assert b.shape == (min(16, group.rows, group.cols), group.cols)
 
@@ -114,8 +114,8 @@ def test_initialisation(init):
     for layer in (linear, dense):
         site = find_sites(layer)[0][0]
         adapter = Lora(site.layout, LoraOptions(rank=50, init=init))
-        assert torch.count_nonzero(adapter.B[0]) == 0
-        stds.append(adapter.A[0].std().item())
+        assert torch.count_nonzero(adapter.lora_B[0]) == 0
+        stds.append(adapter.lora_A[0].std().item())
     expected = {
         "normal": (1.0, 400**-0.5),
         "small": (1e-3, 1e-3),

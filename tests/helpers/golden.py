@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mace_lora.adapters.low_rank import FullUpdate
+from mace_lora.adapters.full_update import FullUpdate
 from mace_lora.adapters.mmea import Mmea
 from mace_lora.model.fingerprint import base_state
 from mace_lora.model.injection import adapters
@@ -68,7 +68,7 @@ def reference_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
                     found[f"{name}.{theirs}.{kind}"] = getattr(adapter, f"{ours}_{kind}")
         elif not isinstance(adapter, FullUpdate):
             layer = name.removesuffix(".weights_max")
-            for k, (a, b) in enumerate(zip(adapter.A, adapter.B, strict=True)):
+            for k, (a, b) in enumerate(zip(adapter.lora_A, adapter.lora_B, strict=True)):
                 found[f"{layer}.LoRA_weight.{2 * k}"] = a
                 found[f"{layer}.LoRA_weight.{2 * k + 1}"] = b
     return {k: v for k, v in found.items() if v is not None}

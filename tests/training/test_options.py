@@ -140,7 +140,7 @@ def test_dropout_respects_symmetries(model, frames):
         with torch.no_grad():
             adapter.train()
             torch.manual_seed(1)
-            for a in adapter.A:
+            for a in adapter.lora_A:
                 a.copy_(adapter._dropped(a))
             adapter.eval()
     assert worst(outputs(model, frames), outputs(dropped, frames)) > 1e-6
@@ -169,8 +169,8 @@ def test_a_recorded_step_cannot_drop_out(model):
 def test_rank_and_alpha_patterns(model, method):
     patterns = {"rank_pattern": (r"interactions\.0\.linear$=2", "interactions=3")}
     adapted(model, method, rank=4, alpha=1.0, alpha_pattern=("products=10",), **patterns)
-    low_rank = [(n, adapter) for n, adapter in adapters(model) if hasattr(adapter, "A")]
-    ranks = {n: max(a.shape[1] for a in adapter.A) for n, adapter in low_rank}
+    low_rank = [(n, adapter) for n, adapter in adapters(model) if hasattr(adapter, "lora_A")]
+    ranks = {n: max(a.shape[1] for a in adapter.lora_A) for n, adapter in low_rank}
     assert ranks["interactions.0.linear"] == 2
     assert ranks["interactions.1.linear"] == 3
     assert ranks["products.0.linear"] == 4
@@ -225,7 +225,7 @@ def test_learning_rate_of_b(model):
     )["params"]
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in adapter_parameters(model).items():
-        assert rates[id(parameter)] == pytest.approx(0.08 if ".B." in name else 0.01), name
+        assert rates[id(parameter)] == pytest.approx(0.08 if "lora_B" in name else 0.01), name
 
 
 def test_warm_up_is_a_straight_line_and_restarts_keep_their_place():
@@ -271,7 +271,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, train_fla
     one, other = factors(tmp_path / "whole"), factors(tmp_path / "parts")
     for name, tensor in one.items():
         assert torch.allclose(tensor, other[name], rtol=1e-6, atol=1e-9), name
-    assert any(t.abs().max() > 1e-3 for n, t in one.items() if ".B." in n)
+    assert any(t.abs().max() > 1e-3 for n, t in one.items() if "lora_B" in n)
 
 
 def test_all_options_in_one_run(tmp_path, train_flags, foundation, frames):

@@ -33,6 +33,7 @@ import torch
 
 from mace_lora.errors import CheckpointError
 from mace_lora.files import whole_file
+from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.training.files import identity, writing
 from mace_lora.upstream import names as upstream
@@ -219,6 +220,8 @@ class Checkpoints:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if state["format"] != FORMAT:
                     raise ValueError(f"it is of format {state['format']!r}, not {FORMAT}")
+                for holder in (state, *state["best"].values()):
+                    holder["adapter"] = artefact.current_names(holder["adapter"])
             except Exception as error:  # whatever a damaged file makes torch raise
                 failed.append(f"{path} can't be read ({_short(error)})")
                 continue
