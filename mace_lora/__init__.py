@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # for editors and mypy, which read this and run nothing
     from mace_lora.api.calculator import MaceLoraCalculator as MaceLoraCalculator
     from mace_lora.api.extraction import extract as extract
     from mace_lora.api.extraction import unmerge as unmerge
-    from mace_lora.api.files import inject_lora as inject_lora
     from mace_lora.api.files import load_adapter as load_adapter
     from mace_lora.api.files import load_foundation as load_foundation
-    from mace_lora.api.files import merge_lora_weights as merge_lora_weights
     from mace_lora.api.files import save_adapter as save_adapter
+    from mace_lora.api.mace_torch import inject_lora as inject_lora
+    from mace_lora.api.mace_torch import merge_lora_weights as merge_lora_weights
     from mace_lora.api.switching import combine_adapters as combine_adapters
     from mace_lora.api.switching import print_trainable_parameters as print_trainable_parameters
     from mace_lora.api.switching import set_adapter as set_adapter
@@ -57,11 +57,11 @@ _EXPORTS = {
     "disable_adapter": "mace_lora.model.injection",
     "extract": "mace_lora.api.extraction",
     "inject": "mace_lora.model.injection",
-    "inject_lora": "mace_lora.api.files",
+    "inject_lora": "mace_lora.api.mace_torch",
     "load_adapter": "mace_lora.api.files",
     "load_foundation": "mace_lora.api.files",
     "merge": "mace_lora.model.merging",
-    "merge_lora_weights": "mace_lora.api.files",
+    "merge_lora_weights": "mace_lora.api.mace_torch",
     "print_trainable_parameters": "mace_lora.api.switching",
     "save_adapter": "mace_lora.api.files",
     "set_adapter": "mace_lora.api.switching",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mace_lora.adapters.options import AdapterOptions
 from mace_lora.adapters.registry import options_of
 from mace_lora.errors import ConfigError, did_you_mean
 
@@ -83,7 +84,7 @@ class AdapterConfig:
     """
 
     method: str
-    options: Any
+    options: AdapterOptions
 
     @classmethod
     def create(
@@ -101,8 +102,8 @@ class AdapterConfig:
         kind, presets = options_of(method), options_of(method).presets
         if preset is not None:
             if preset not in presets:
-                known = did_you_mean(preset, presets) if presets else "it has none"
-                raise ConfigError(f"adapter {method!r} has no preset {preset!r}; {known}")
+                hint = did_you_mean(preset, presets) if presets else "it has none"
+                raise ConfigError(f"adapter {method!r} has no preset {preset!r}; {hint}")
             options = {**presets[preset], **options}
         known = {f.name for f in kind.fields()}
         for name in options:
@@ -143,5 +144,7 @@ class AdapterConfig:
             raise ConfigError(
                 "an adapter configuration needs 'method' (text) and 'options' (table)"
             )
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in values["options"].items()}
+        options: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values["options"].items()
+        }
         return cls.create(values["method"], **options)

@@ -25,11 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("adapters",),
     ("errors", "files", "parsing", "printing", "_compat"),
 )
-# Modules that a reader of one adapter, or of one backend, has to know besides it
-SHARED = {
-    "adapters": {"base", "registry", "low_rank", "elora_paths"},
-    "backends": {"base", "registry"},
-}
+# What adapters share; every other file there is a method
+SHARED_BY_ADAPTERS = {"base", "layout", "options", "registry", "low_rank", "paths", "full_update"}
 
 
 def imports(path: Path) -> set[str]:
@@ -76,6 +73,13 @@ def test_only_layers_knows_layers_of_e3nn():
     fused = {"backends/products.py", "backends/layers.py"}  # faster code for the same layers
     known = {"model/layers.py", "upstream/mini.py", *fused}
     assert {n for n in FILES if uses(n, "e3nn")} <= known
+
+
+def test_no_adapter_imports_another():
+    adapters = {f for f in FILES if room(f) == "adapters"}
+    for file in adapters:
+        used = {i.split(".")[2] for i in FILES[file] if i.startswith("mace_lora.adapters.")}
+        assert used <= SHARED_BY_ADAPTERS, file
 
 
 def test_files_are_short_enough_to_read():

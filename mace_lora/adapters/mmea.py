@@ -117,9 +117,9 @@ class Mmea(OutputAdapter[MmeaOptions]):
             else:
                 gate = scales.narrow(-1, row, mul)
                 if self.component_major:
-                    block = block.unflatten(-1, [dim, mul]) * gate.unsqueeze(-2)
+                    block = torch.unflatten(block, -1, [dim, mul]) * gate.unsqueeze(-2)
                 else:
-                    block = block.unflatten(-1, [mul, dim]) * gate.unsqueeze(-1)
+                    block = torch.unflatten(block, -1, [mul, dim]) * gate.unsqueeze(-1)
                 adapted.append(block.flatten(-2))
         return torch.cat(adapted, dim=-1)
 

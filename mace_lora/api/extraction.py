@@ -6,22 +6,25 @@ import contextlib
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from ase.data import chemical_symbols
 
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError, FoundationModelError, NotMergeable
-
-# Steps of the iteration that undoes a merge; additive methods need one
 from mace_lora.model import artefact
-from mace_lora.model.description import describe, restore_constants
+from mace_lora.model.description import (
+    Description,
+    atomic_numbers,
+    describe,
+    restore_constants,
+)
 from mace_lora.model.fingerprint import base_state, fingerprint
-from mace_lora.model.injection import adapters, inject
+from mace_lora.model.injection import adapter_parameters, adapters, inject
 from mace_lora.model.merging import changes, unload
 from mace_lora.upstream import loading, rebuilding
 
+# Steps of the iteration that undoes a merge; additive methods need one
 UNMERGE_STEPS = 200
 
 
@@ -55,13 +58,11 @@ class Extraction:
     model: torch.nn.Module
     layers: list[LayerError]
     config: AdapterConfig
-    base: dict[str, Any]
-    start: dict[str, Any]
+    base: Description
+    start: Description
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter directory."""
-        from mace_lora.model.injection import adapter_parameters
-
         parameters = adapter_parameters(self.model)
         artefact.write(folder, self.config, parameters, self.base, self.start)
 
@@ -109,7 +110,7 @@ def extract(
 
 
 def _start(
-    base: torch.nn.Module, finetuned: torch.nn.Module, description: dict[str, Any]
+    base: torch.nn.Module, finetuned: torch.nn.Module, description: Description
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The model that the fine-tuning started from, and the parameters that it led to."""
     own = describe(base)
@@ -136,7 +137,7 @@ def _same_shapes(start: torch.nn.Module, finetuned: torch.nn.Module) -> dict[str
     return {name: parameter.detach() for name, parameter in other.items()}
 
 
-def _shape(state: dict[str, torch.Tensor], name: str) -> Any:
+def _shape(state: dict[str, torch.Tensor], name: str) -> torch.Size | None:
     return state[name].shape if name in state else None
 
 
@@ -195,25 +196,25 @@ def unmerge(model: torch.nn.Module, folder: str | Path) -> tuple[torch.nn.Module
     content = artefact.read(folder)
     own, its = (
         " ".join(chemical_symbols[z] for z in numbers)
-        for numbers in (model.atomic_numbers.tolist(), content.model["atomic_numbers"])
+        for numbers in (atomic_numbers(model), content.model["atomic_numbers"])
     )
     if own != its:
         raise NotMergeable(
             f"the model is for {own} and {folder} for {its}: was it merged into this one?"
         )
-    scales = {change: tensor.detach().clone() for change, tensor in base_state(model).items()}
+    merged = {name: weight.detach().clone() for name, weight in base_state(model).items()}
     inject(model, content.config)
     try:
         artefact.load_factors(model, content.tensors)
     except ArtefactError:
         unload(model)
         raise
-    left = _solve(model, scales)
+    left = _solve(model, merged)
     unload(model)
     tolerance = 100 * torch.finfo(next(model.parameters()).dtype).eps
     if not left <= tolerance:
         for name, parameter in base_state(model).items():
-            parameter.data.copy_(scales[name])
+            parameter.data.copy_(merged[name])
         raise NotMergeable(
             f"{folder} can't be taken out of this model: the weights that it would give differ by "
             f"{left:.1e} from the model's; was it merged into this one?"

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from copy import deepcopy
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mace_lora.api.files import load_adapter
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.model import artefact
+from mace_lora.model.description import Description, describe, restore_constants
 from mace_lora.model.fingerprint import fingerprint
 from mace_lora.model.injection import check_model, inject
 from mace_lora.model.merging import changes, check_mergeable, unload
@@ -36,8 +36,6 @@ def set_adapter(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
         ArtefactError: the directory is broken, or its run started from another model; `model` is
             left as it was.
     """
-    from mace_lora.model.description import describe, restore_constants
-
     check_model(model)
     content = artefact.read(folder)
     found, asked = fingerprint(model), content.model["fingerprint"]
@@ -56,7 +54,7 @@ def set_adapter(model: torch.nn.Module, folder: str | Path) -> torch.nn.Module:
     return model
 
 
-def _same_places(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_places(one: Description, other: Description) -> bool:
     return all(one[key] == other[key] for key in ("atomic_numbers", "heads"))
 
 
@@ -78,8 +76,32 @@ def combine_adapters(
         ArtefactError: an adapter is of another base, or has other elements or heads.
         NotMergeable: an adapter depends on the input.
     """
-    from mace_lora.model.description import describe, restore_constants
+    _check_weights(weights)
+    start: torch.nn.Module | None = None
+    sums: dict[str, torch.Tensor] = {}
+    descriptions = []
+    for folder, weight in weights.items():
+        model = load_adapter(base, folder)
+        check_mergeable(model)
+        if start is None:
+            start, first = unload(deepcopy(model)), folder
+        elif not _same_start(model, start):
+            raise ArtefactError(
+                f"{first} and {folder} can't be combined: their runs started from models with "
+                "different elements, heads or weights"
+            )
+        descriptions.append((weight, describe(model)))
+        for change in changes(model):
+            update = weight * change.update.detach()
+            sums[change.name] = sums[change.name] + update if change.name in sums else update
+    assert start is not None  # there is at least one adapter
+    _add(start, sums)
+    restore_constants(start, _mean_constants(descriptions))
+    return start
 
+
+def _check_weights(weights: object) -> None:
+    """Raises ConfigError unless there are adapter directories, each with a finite number."""
     if not weights or not isinstance(weights, Mapping):
         raise ConfigError(
             "nothing to combine: give adapter directories with their weights, such as "
@@ -88,25 +110,13 @@ def combine_adapters(
     for folder, weight in weights.items():
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise ConfigError(f"the weight of {folder} must be a finite number, found {weight!r}")
-    start, sums, descriptions = None, {}, []
-    for folder, weight in weights.items():
-        model = load_adapter(base, folder)
-        check_mergeable(model)
-        if start is None:
-            start, first = unload(deepcopy(model)), folder
-        elif fingerprint(model) != fingerprint(start) or not _same_places(
-            describe(model), describe(start)
-        ):
-            raise ArtefactError(
-                f"{first} and {folder} can't be combined: their runs started from models with "
-                "different elements, heads or weights"
-            )
-        descriptions.append((weight, describe(model)))
-        for change in changes(model):
-            sums[change.name] = sums.get(change.name, 0.0) + weight * change.update.detach()
-    _add(start, sums)
-    restore_constants(start, _mean_constants(descriptions))
-    return start
+
+
+def _same_start(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two models have the same weights, elements and heads, adapters apart."""
+    return fingerprint(model) == fingerprint(other) and _same_places(
+        describe(model), describe(other)
+    )
 
 
 @torch.no_grad()
@@ -117,8 +127,8 @@ def _add(model: torch.nn.Module, updates: Mapping[str, torch.Tensor]) -> None:
         tensor.add_(update.to(tensor))
 
 
-def _mean_constants(descriptions: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
-    mean = {}
+def _mean_constants(descriptions: list[tuple[float, Description]]) -> Description:
+    mean: Description = {}
     total = sum(weight for weight, _ in descriptions)
     for key in _CONSTANTS:
         values = [d[key] for _, d in descriptions]

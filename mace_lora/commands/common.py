@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.errors import ConfigError
 from mace_lora.files import whole_file
 
 if TYPE_CHECKING:
@@ -42,13 +42,6 @@ def save(model: torch.nn.Module, path: str) -> None:
             torch.save(model, temporary)
     except OSError as error:
         raise ConfigError(f"--output={path} can't be written: {error}") from None
-
-
-def check_head(model: torch.nn.Module, head: str | None) -> None:
-    """Raises ConfigError where --head names a head that the model doesn't have."""
-    known = list(getattr(model, "heads", None) or ["Default"])
-    if head is not None and head not in known:
-        raise ConfigError(f"--head={head}: the model has no such head; {did_you_mean(head, known)}")
 
 
 def check_folder(path: str, flag: str) -> None:

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    from mace_lora.model.description import check_head
     from mace_lora.results.evaluation import UNITS, known_to, predict, read_frames, with_fitted_e0s
     from mace_lora.results.pictures import parity
 
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         common.check_folder(options.picture, "picture")
     compared = _models(options)
     for model in compared.values():
-        common.check_head(model, options.head)
+        check_head(model, options.head, "--head")
     known = [{int(z) for z in model.atomic_numbers} for model in compared.values()]
     files, left_out = zip(*(known_to(frames, known) for frames in files), strict=True)
     predictions: list[dict[str, Values]] = [{} for _ in files]

@@ -14,7 +14,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from mace_lora.commands import common
-from mace_lora.errors import ConfigError, MergeMismatch
+from mace_lora.errors import ConfigError
 from mace_lora.files import size
 from mace_lora.parsing import ExistingAdapter
 from mace_lora.printing import Data
@@ -75,20 +75,12 @@ def run(options: argparse.Namespace) -> Data:
 
 def _proof(adapted: torch.nn.Module, merged: torch.nn.Module) -> float:
     """The largest relative difference of the predictions. Raises MergeMismatch above rounding."""
-    from mace_lora.training.files.saving import MERGE_TOLERANCE
     from mace_lora.upstream import predicting
 
-    batch = predicting.frames_to_batch(_clusters(merged), merged)
-    one, other = (predicting.predict(m, [batch]) for m in (adapted, merged))
-    found = predicting.largest_difference(one, other)
-    worst = max((relative for _, relative in found.values()), default=0.0)
-    tolerance = MERGE_TOLERANCE[next(merged.parameters()).dtype]
-    if not worst <= tolerance:
-        raise MergeMismatch(
-            f"the merged model differs from base and adapter by {worst:.1e} (relative), more than "
-            f"the {tolerance:.0e} allowed; nothing was written"
-        )
-    return worst
+    batches = [predicting.frames_to_batch(_clusters(merged), merged)]
+    before = predicting.predict(adapted, batches)
+    found = predicting.prove_merge(before, merged, batches, "nothing was written")
+    return max((relative for _, relative in found.values()), default=0.0)
 
 
 def _clusters(model: torch.nn.Module) -> list[ase.Atoms]:

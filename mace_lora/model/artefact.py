@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.files import whole_folder
+from mace_lora.model.description import Description
 from mace_lora.model.injection import adapter_parameters
 
 FORMAT = 2
@@ -51,8 +52,8 @@ class Artefact:
 
     config: AdapterConfig
     tensors: dict[str, torch.Tensor]
-    base: dict[str, Any]
-    model: dict[str, Any]
+    base: Description
+    model: Description
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,8 +61,8 @@ def write(
     folder: str | Path,
     config: AdapterConfig,
     tensors: Mapping[str, torch.Tensor],
-    base: dict[str, Any],
-    model: dict[str, Any],
+    base: Description,
+    model: Description,
 ) -> None:
     """Write the directory whole or not at all; an older adapter of the same name is replaced.
 
@@ -129,9 +130,9 @@ def read(folder: str | Path) -> Artefact:
         raise ArtefactError(f"{folder} has no {TENSORS}: is it an adapter directory?") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"{folder / TENSORS} can't be read: {error}") from None
-    return Artefact(
-        config, current_names(tensors), content["base"], content["model"], content["versions"]
-    )
+    if content["format"] == 1:
+        tensors = current_names(tensors)
+    return Artefact(config, tensors, content["base"], content["model"], content["versions"])
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -159,9 +160,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_description(where: str, table: dict[str, Any]) -> None:
+def _check_description(where: str, table: Description) -> None:
     """Raises ArtefactError unless `table` describes a model as `description.describe` does."""
-    numbers, heads = table.get("atomic_numbers"), table.get("heads")
+    numbers, heads = table.get("atomic_numbers", []), table.get("heads", [])
     checks = {
         "fingerprint": isinstance(table.get("fingerprint"), str),
         "dtype": table.get("dtype") in ("float32", "float64"),
@@ -173,14 +174,14 @@ def _check_description(where: str, table: dict[str, Any]) -> None:
     for key in ("atomic_energies", "scale", "shift"):
         checks[key] = key in table
     if all(checks.values()):
-        energies, size = table.get("atomic_energies"), (len(heads), len(numbers))
+        energies, size = table["atomic_energies"], (len(heads), len(numbers))
         checks["atomic_energies"] = energies is None or (
             _is_list_of(energies, list)
             and len(energies) == size[0]
             and all(_is_list_of(row, float) and len(row) == size[1] for row in energies)
         )
         for key in ("scale", "shift"):
-            values = table.get(key)
+            values = table[key]
             checks[key] = values is None or (
                 _is_list_of(values, float) and len(values) in (1, len(heads))
             )
@@ -209,7 +210,7 @@ def split_factor(name: str) -> tuple[str, str]:
 
 
 def current_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The factors of an adapter or a checkpoint under the names that they have today."""
+    """Factors of format 1, of an adapter or a checkpoint, under the names that they have today."""
     renamed = {}
     for name, tensor in tensors.items():
         weight, factor = split_factor(name)

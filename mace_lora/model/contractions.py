@@ -19,8 +19,9 @@ class ContractionWeights(torch.nn.Module):
 
     def __init__(self, contraction: torch.nn.Module) -> None:
         super().__init__()
-        self.weights_max = _copy(contraction.weights_max)
-        self.weights = torch.nn.ParameterList(map(_copy, contraction.weights))
+        self.weights_max = _copy(contraction.get_parameter("weights_max"))
+        lower_orders = contraction.get_submodule("weights").parameters()
+        self.weights = torch.nn.ParameterList(map(_copy, lower_orders))
         for name, buffer in contraction.named_buffers(recurse=False):
             if name.endswith("_zeroed"):
                 self.register_buffer(name, buffer.clone())
@@ -41,6 +42,7 @@ class Projected(torch.nn.Module):
     def __init__(self, parts: Sequence[ContractionWeights], matrix: torch.Tensor) -> None:
         super().__init__()
         self.parts = list(parts)  # modules of the product: no entry in our state
+        self.matrix: torch.Tensor
         self.register_buffer("matrix", matrix)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -57,12 +59,12 @@ def project(
 
     Its own weight stays where it is, as a buffer that follows them.
     """
-    product.contractions = torch.nn.ModuleList(map(ContractionWeights, contractions))
-    weight = product.weight.detach()
+    parts = [ContractionWeights(contraction) for contraction in contractions]
+    product.contractions = torch.nn.ModuleList(parts)
+    weight = product.get_parameter("weight").detach()
     del product.weight
     product.register_buffer("weight", weight)
-    projected = Projected(product.contractions, matrix.to(weight))
-    parametrize.register_parametrization(product, "weight", projected)
+    parametrize.register_parametrization(product, "weight", Projected(parts, matrix.to(weight)))
 
 
 def _copy(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

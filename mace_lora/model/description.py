@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from mace_lora.errors import FoundationModelError, did_you_mean
 
-def describe(model: torch.nn.Module) -> dict[str, Any]:
+# What `describe` gives; with `fingerprint` added to it, and for a base model its `name` and `head`,
+# it is what adapter files and checkpoints keep of a model
+Description: TypeAlias = dict[str, Any]
+
+
+def describe(model: torch.nn.Module) -> Description:
     """What fine-tuning changes besides weights, as plain JSON: elements, heads, E0s, scale, shift.
 
     E0s in eV, one row per head and one column per element; floats survive JSON exactly.
     """
-    energies = getattr(model, "atomic_energies_fn", None)
-    scale_shift = getattr(model, "scale_shift", None)
+    energies = _constant(model, "atomic_energies_fn", "atomic_energies")
+    scale, shift = (_constant(model, "scale_shift", name) for name in ("scale", "shift"))
     return {
         "class": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "r_max": float(model.r_max),
-        "atomic_numbers": [int(z) for z in model.atomic_numbers],
-        "heads": list(getattr(model, "heads", None) or ["Default"]),
-        "atomic_energies": None if energies is None else _rows(energies.atomic_energies),
-        "scale": None if scale_shift is None else _row(scale_shift.scale),
-        "shift": None if scale_shift is None else _row(scale_shift.shift),
+        "r_max": float(model.get_buffer("r_max")),
+        "atomic_numbers": atomic_numbers(model),
+        "heads": heads(model),
+        "atomic_energies": None if energies is None else _rows(energies),
+        "scale": None if scale is None else _row(scale),
+        "shift": None if shift is None else _row(shift),
     }
+
+
+def atomic_numbers(model: torch.nn.Module) -> list[int]:
+    """The elements that a model knows, in its order."""
+    return [int(z) for z in model.get_buffer("atomic_numbers")]
+
+
+def heads(model: torch.nn.Module) -> list[str]:
+    """The names of a model's heads; models from before there were heads have one, `Default`."""
+    return list(getattr(model, "heads", None) or ["Default"])
+
+
+def check_head(model: torch.nn.Module, head: str | None, called: str) -> None:
+    """Raises FoundationModelError where `model` has no such head; None stands for the last one.
+
+    Args:
+        called: what messages call the argument, such as `--head`.
+    """
+    known = heads(model)
+    if head is not None and head not in known:
+        raise FoundationModelError(
+            f"{called}={head}: the model has no such head; {did_you_mean(str(head), known)}"
+        )
+
+
+def _constant(model: torch.nn.Module, layer: str, name: str) -> torch.Tensor | None:
+    """E0s, scale or shift: in effect, where they carry an adapter; None where there are none."""
+    found: torch.Tensor | None = getattr(getattr(model, layer, None), name, None)
+    return found
 
 
 def _row(values: torch.Tensor) -> list[float]:
@@ -31,18 +66,18 @@ def _row(values: torch.Tensor) -> list[float]:
 
 
 def _rows(values: torch.Tensor) -> list[list[float]]:
-    return [_row(row) for row in torch.atleast_2d(values)]
+    return [_row(row) for row in values.reshape(-1, values.shape[-1])]
 
 
 @torch.no_grad()
-def restore_constants(model: torch.nn.Module, description: dict[str, Any]) -> None:
+def restore_constants(model: torch.nn.Module, description: Description) -> None:
     """Set E0s, scale and shift of `model` to those of `description`."""
-    if description["atomic_energies"] is not None:
-        energies = model.atomic_energies_fn.atomic_energies
-        new = torch.tensor(description["atomic_energies"], dtype=energies.dtype)
-        energies.copy_(new.reshape(energies.shape))
-    if description["scale"] is not None:
-        for name in ("scale", "shift"):
-            buffer = getattr(model.scale_shift, name)
-            new = torch.tensor(description[name], dtype=buffer.dtype, device=buffer.device)
-            setattr(model.scale_shift, name, new.reshape(buffer.shape))
+    for layer, name, key in (
+        ("atomic_energies_fn", "atomic_energies", "atomic_energies"),
+        ("scale_shift", "scale", "scale"),
+        ("scale_shift", "shift", "shift"),
+    ):
+        old = _constant(model, layer, name)
+        if description[key] is not None and old is not None:
+            new = torch.tensor(description[key], dtype=old.dtype, device=old.device)
+            setattr(model.get_submodule(layer), name, new.reshape(old.shape))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from mace_lora.adapters.base import Gated, OutputAdapter
 from mace_lora.errors import NotMergeable
@@ -84,7 +86,8 @@ def changes(model: torch.nn.Module) -> Iterator[Change]:
 def _changes(module: torch.nn.Module) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     # not parametrize.is_parametrized: the property must be ours alone to remove
     if "parametrizations" in module._modules:
-        for tensor, chain in module.parametrizations.items():
+        for tensor, chain in module.get_submodule("parametrizations").named_children():
+            assert isinstance(chain, parametrize.ParametrizationList)
             yield tensor, (chain.original, getattr(module, tensor).detach())
 
 
@@ -115,7 +118,7 @@ def _without_adapters(
     return model
 
 
-def take_gates(model: torch.nn.Module) -> dict[str, OutputAdapter]:
+def take_gates(model: torch.nn.Module) -> dict[str, OutputAdapter[Any]]:
     """Remove the adapters that depend on the input from a merged model, by layer, in place.
 
     `put_gates` attaches them again, to this model or to the same one in another kernel's layout.
@@ -127,7 +130,7 @@ def take_gates(model: torch.nn.Module) -> dict[str, OutputAdapter]:
     return {path: layer.gate for path, layer in gated}
 
 
-def put_gates(model: torch.nn.Module, gates: dict[str, OutputAdapter]) -> None:
+def put_gates(model: torch.nn.Module, gates: dict[str, OutputAdapter[Any]]) -> None:
     """Attach gates to the layers of the same names, in the layout that these layers have."""
     sites = {site.name: site for site in find_sites(model)[0]}
     for name, gate in gates.items():

@@ -8,11 +8,14 @@ from typing import Any
 import ase
 import torch
 
+from mace_lora.errors import MergeMismatch
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.precision import default_dtype
 
 # Outputs that are compared when a merge is proved; a model gives some of them
 OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
+# Largest relative difference between adapted and merged model that is rounding
+MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 def predict(
@@ -50,6 +53,38 @@ def largest_difference(
         size = one[key].abs().max().item() if one[key].numel() else 1.0
         found[key] = (difference, difference / max(size, torch.finfo(one[key].dtype).tiny))
     return found
+
+
+def prove_merge(
+    before: dict[str, torch.Tensor], merged: torch.nn.Module, batches: Iterable[Any], otherwise: str
+) -> dict[str, tuple[float, float]]:
+    """That a merged model predicts for `batches` what the adapted one did.
+
+    Args:
+        before: what the adapted model predicted for them.
+        merged: the same model with its adapters merged.
+        batches: frames of mace-torch.
+        otherwise: what an error says of the files that are not written then.
+
+    Returns:
+        The largest differences, as in `largest_difference`.
+
+    Raises:
+        MergeMismatch: they are more than rounding.
+    """
+    found = largest_difference(before, predict(merged, batches))
+    tolerance = MERGE_TOLERANCE[next(merged.parameters()).dtype]
+    if any(not relative <= tolerance for _, relative in found.values()):
+        raise MergeMismatch(
+            f"the merged model differs from the adapted one by {differences_text(found)}, more "
+            f"than the relative {tolerance:.0e} allowed; {otherwise}"
+        )
+    return found
+
+
+def differences_text(found: dict[str, tuple[float, float]]) -> str:
+    """`energy 1.2e-12 (relative 3.4e-15), forces ...` of what `largest_difference` found."""
+    return ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
 
 
 def batch_of(dataset: Any, n_frames: int) -> list[Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mace_lora.errors import FoundationModelError, did_you_mean
-from mace_lora.model.description import restore_constants
+from mace_lora.errors import FoundationModelError
+from mace_lora.model.description import check_head, heads, restore_constants
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.precision import default_dtype
 
@@ -25,11 +25,8 @@ def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
         )
     if kind in ("MACELES", "PolarMACE") and args.model != kind:
         raise FoundationModelError(f"{called}: a {kind}; give --model={kind} too")
-    heads, head = getattr(model, "heads", None) or [], args.foundation_head
-    if head is not None and len(heads) > 1 and head not in heads:
-        raise FoundationModelError(
-            f"{called} has no head {head!r} (--foundation_head); {did_you_mean(head, heads)}"
-        )
+    if len(heads(model)) > 1:  # of one head mace-torch doesn't ask the name
+        check_head(model, args.foundation_head, "--foundation_head")
 
 
 def architecture(model: torch.nn.Module) -> dict[str, Any]:
@@ -65,14 +62,14 @@ def specialise(foundation: torch.nn.Module, description: dict[str, Any]) -> torc
     config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(foundation)
     if "error" in config:
         raise FoundationModelError(f"a {type(foundation).__name__} can't be rebuilt: {config}")
-    heads = list(description["heads"])
+    names = list(description["heads"])
     config |= {
         "atomic_energies": np.array(description["atomic_energies"]),
         "atomic_numbers": numbers,
         "num_elements": len(numbers),
-        "heads": heads,
-        "atomic_inter_scale": [1.0] * len(heads),
-        "atomic_inter_shift": [0.0] * len(heads),
+        "heads": names,
+        "atomic_inter_scale": [1.0] * len(names),
+        "atomic_inter_shift": [0.0] * len(names),
     }
     dtype = getattr(torch, description["dtype"])
     with default_dtype(dtype):
@@ -95,13 +92,9 @@ def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module
     Raises:
         FoundationModelError: it has several, and none of this name.
     """
-    heads = list(getattr(model, "heads", None) or [])
-    if len(heads) <= 1:
+    if len(heads(model)) == 1:
         return model
-    if head is not None and head not in heads:
-        raise FoundationModelError(
-            f"the model has no head {str(head)!r}; {did_you_mean(str(head), heads)}"
-        )
+    check_head(model, head, "head")
     dtype = next(model.parameters()).dtype
     with default_dtype(dtype):
         return upstream.module("mace.tools.scripts_utils").remove_pt_head(model, head)

@@ -5,8 +5,9 @@ from copy import deepcopy
 import mace.modules.lora as upstream_lora
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mace_lora import AdapterConfig, inject, inject_lora
+from mace_lora import AdapterConfig, inject, inject_lora, save_adapter
 from mace_lora.adapters.lora import Lora
 from mace_lora.adapters.low_rank import INITS
 from mace_lora.adapters.options import LoraOptions
@@ -80,6 +81,20 @@ def test_equals_upstream_lora_with_the_same_factors(build, frames, name):
                 weight = factor if isinstance(factor, torch.nn.Parameter) else factor.weight
                 weight.copy_(torch.cat([p.reshape(-1) for p in parameters]).view(weight.shape))
     assert worst(outputs(model, frames), outputs(theirs, frames)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_factors_are_the_parameters_with_lora_in_their_names(build, tmp_path, method):
+    """As in mace-torch and PEFT, in the model and in the file."""
+    model = build("residual")
+    inject(model, AdapterConfig.create(method, targets=("all",)))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert "readouts.0.linear.parametrizations.weight.0.lora_A.0" in trained
+    save_adapter(model, tmp_path / "adapter")
+    names = set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert {"readouts.0.linear.lora_A.0", "readouts.0.linear.lora_B.0"} <= names
+    assert len(names) == len(trained)
 
 
 def test_update_is_alpha_over_rank_times_the_product(build):

@@ -356,7 +356,7 @@ def test_isolated_atoms_of_some_elements(message, files):
 def test_a_head_that_the_foundation_model_lacks(message, tmp_path, build):
     torch.save(build("two_heads_biased_readout"), tmp_path / "two.model")
     text = message("--foundation_model=two.model", "--foundation_head=head3")
-    assert "--foundation_model=two.model has no head 'head3'" in text
+    assert "--foundation_head=head3: the model has no such head" in text
     assert "head0, head1" in text
 
 

@@ -1,7 +1,7 @@
 """Adapter directories written by earlier versions load for ever, and predict what they did.
 
-Each was written by the command on `mini` (rank 1, readouts and the last product layer, one epoch on
-ethanol); `expected.json` holds the merged model's predictions for two frames at that time.
+Each was written by the command on `mini` (readouts and the last product layer, mostly of rank 1,
+one epoch on ethanol); `expected.json` holds the merged model's predictions for two frames then.
 """
 
 from __future__ import annotations

@@ -134,6 +134,18 @@ def test_a_finished_run_with_more_epochs(tmp_path, flags, short, whole):
     assert_ended_like(folder, whole)
 
 
+def test_a_checkpoint_from_before_factors_were_called_lora_a(tmp_path, flags, short, whole):
+    folder = shutil.copytree(short, tmp_path / "run")
+    state = torch.load(folder / LATEST, weights_only=True)
+    state["format"] = 1
+    for holder in (state, *state["best"].values()):
+        assert any("lora_A" in name for name in holder["adapter"])
+        holder["adapter"] = {k.replace(".lora_", "."): v for k, v in holder["adapter"].items()}
+    torch.save(state, folder / LATEST)
+    assert here(folder, *flags, "--max_num_epochs=6", "--restart_latest") == ""
+    assert_ended_like(folder, whole)
+
+
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, flags, short, whole, caplog):
     folder = shutil.copytree(short, tmp_path / "run")
     (folder / LATEST).write_bytes((folder / LATEST).read_bytes()[:-1000])

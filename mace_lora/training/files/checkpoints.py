@@ -38,7 +38,7 @@ from mace_lora.model.injection import adapter_parameters
 from mace_lora.training.files import identity, writing
 from mace_lora.upstream import names as upstream
 
-FORMAT = 1
+FORMAT = 2
 # Stages by whether mace-torch asks for the second one
 _STAGES = {False: "stage_one", True: "stage_two"}
 
@@ -218,10 +218,11 @@ class Checkpoints:
                 continue
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                if state["format"] != FORMAT:
+                if state["format"] not in (1, FORMAT):
                     raise ValueError(f"it is of format {state['format']!r}, not {FORMAT}")
-                for holder in (state, *state["best"].values()):
-                    holder["adapter"] = artefact.current_names(holder["adapter"])
+                if state["format"] == 1:  # factors had other names
+                    for holder in (state, *state["best"].values()):
+                        holder["adapter"] = artefact.current_names(holder["adapter"])
             except Exception as error:  # whatever a damaged file makes torch raise
                 failed.append(f"{path} can't be read ({_short(error)})")
                 continue

@@ -13,7 +13,7 @@ import torch
 
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import MergeMismatch, WriteError
+from mace_lora.errors import WriteError
 from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.model.merging import merge, put_gates, take_gates
@@ -22,8 +22,6 @@ from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.upstream import cueq, gated, predicting
 from mace_lora.upstream import names as upstream
 
-# Largest relative difference between adapted and merged model that is saved without an error
-MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 # Frames on which a merge is proved
 PROOF_FRAMES = 8
 
@@ -109,17 +107,11 @@ class Saving:
                 f"{len(gates)} gates depend on the input and stay: loading the .model file needs "
                 "mace_lora, the _compiled.model doesn't"
             )
-        found = predicting.largest_difference(before, predicting.predict(merged, batches))
-        tolerance = MERGE_TOLERANCE[next(merged.parameters()).dtype]
-        text = ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
+        otherwise = f"no model was written, the adapter is in {self.adapter_folder()}"
+        found = predicting.prove_merge(before, merged, batches, otherwise)
         n_frames = sum(b.num_graphs for b in batches)
+        text = predicting.differences_text(found)
         logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
-        if any(not relative <= tolerance for _, relative in found.values()):
-            raise MergeMismatch(
-                f"the merged model differs from the adapted one by {text}, more than the relative "
-                f"{tolerance:.0e} allowed; no model was written, the adapter is in "
-                f"{self.adapter_folder()}"
-            )
         self.merged = merged
         return merged
 
