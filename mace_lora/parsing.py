@@ -69,7 +69,7 @@ def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
 
 
 # argparse can't say in public which flags a parser has, nor move them from one group to another.
-# The three private names below have been the same since Python 2.7; test_parsing.py checks them.
+# The names with underscores below are private, and the same since Python 2.7.
 
 
 def all_flags(parser: argparse.ArgumentParser) -> list[str]:

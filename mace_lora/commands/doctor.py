@@ -22,6 +22,7 @@ EXAMPLES = """\
 PACKAGES = (
     *("mace-lora", "mace-torch", "torch", "e3nn", "cuequivariance-torch", "ase", "torch-ema"),
     *("h5py", "matscipy", "prettytable", "safetensors", "configargparse", "matplotlib", "numpy"),
+    "shtab",
 )
 COMMAND = "mace_run_train"
 

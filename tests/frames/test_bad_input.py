@@ -60,9 +60,9 @@ def test_missing_foundation_model(message):
     assert "Did you mean 'medium_off'?" in text
 
 
-def test_no_foundation_model(message, monkeypatch):
+def test_no_foundation_model(small_data):
     with pytest.raises(SystemExit, match="name one with --foundation_model"):
-        cli.main(["--name=run", "--train_file=train.xyz", "--lora=True"])
+        cli.main(["--name=run", f"--train_file={small_data['train']}", "--lora=True"])
 
 
 @pytest.mark.parametrize(
