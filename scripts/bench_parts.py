@@ -21,8 +21,8 @@ from torch_ema import ExponentialMovingAverage  # noqa: E402
 from mace_lora.config import AdapterConfig  # noqa: E402
 from mace_lora.model.injection import inject  # noqa: E402
 from mace_lora.training.epochs.speed import Speed  # noqa: E402
+from mace_lora.upstream import library, predicting  # noqa: E402
 from mace_lora.upstream import names as upstream  # noqa: E402
-from mace_lora.upstream import predicting  # noqa: E402
 
 Step = Callable[[], float]
 WANTED = {"forces": True, "virials": False, "stress": False}
@@ -164,13 +164,7 @@ class Data:
         self.frames = predicting.frames_to_data(frames, model)
 
     def loader(self) -> Any:
-        loaders = upstream.module("mace.tools.torch_geometric.dataloader")
-        return loaders.DataLoader(
-            self.frames,
-            batch_size=len(self.frames),
-            shuffle=False,
-            generator=torch.Generator().manual_seed(0),
-        )
+        return library.loader(self.frames, len(self.frames))
 
     def sizes(self) -> tuple[int, int, int]:
         """(edges, atoms, frames)."""

@@ -15,8 +15,7 @@ from ase.data import chemical_symbols
 from mace_lora.api.files import load_adapter
 from mace_lora.errors import ConfigError, DataError
 from mace_lora.model.merging import merge
-from mace_lora.upstream import loading
-from mace_lora.upstream import names as upstream
+from mace_lora.upstream import library, loading
 
 Choice = str | Path | Sequence[str | Path] | None
 
@@ -70,12 +69,11 @@ class MaceLoraCalculator(Calculator):
         if key not in self._calculators:
             committee = [self._model(folder) for folder in key]
             _check_committee(committee, key)
-            calculator = upstream.module("mace.calculators").MACECalculator
             settings = dict(self._settings)
             if not settings["default_dtype"]:
                 own = next(committee[0].parameters()).dtype
                 settings["default_dtype"] = str(own).removeprefix("torch.")
-            self._calculators[key] = calculator(models=committee, **settings)
+            self._calculators[key] = library.calculator(committee, **settings)
         self._current = self._calculators[key]
         self.adapter = adapter
         self.implemented_properties = list(dict.fromkeys(self._current.implemented_properties))

@@ -12,7 +12,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from mace_lora.errors import DataError
-from mace_lora.upstream import names as upstream
+from mace_lora.upstream import library
 
 # Losses that are about a label beside energy and forces
 _LABEL_OF_LOSS = ("stress", "virials")
@@ -180,13 +180,12 @@ def _wrong_geometry(frame: Any) -> str | None:
 
 def _pairs(frame: Any, cutoff: float) -> np.ndarray:
     """Atoms within `cutoff` (A) of each other, or of their periodic images: shape (2, n)."""
-    pairs, *_ = upstream.module("mace.data.neighborhood").get_neighborhood(
+    return library.neighbours(
         np.array(frame.positions, dtype=float),
         cutoff,
         _periodic(frame),
         np.array(frame.cell, dtype=float) if frame.cell is not None else None,
     )
-    return pairs
 
 
 def _periodic(frame: Any) -> tuple[bool, bool, bool]:

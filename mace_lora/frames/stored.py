@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from mace_lora.errors import ConfigError, DataError
+from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 
 # Of a larger data set so many frames are looked at, evenly spread
@@ -112,7 +113,7 @@ def _stored(flag: str, path: str | None) -> bool:
     if not isinstance(path, str):
         return False
     try:
-        return not upstream.module("mace.tools.scripts_utils").check_path_ase_read(path)
+        return not library.reads_with_ase(path)
     except RuntimeError:
         raise ConfigError(f"--{flag}={path}: a folder without HDF5 or LMDB files") from None
 

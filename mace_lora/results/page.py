@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from mace_lora.files import whole_file
 
@@ -53,9 +52,9 @@ class Page:
     def code(self, text: str) -> None:
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> None:
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:
         """The first `left` columns flush left, the others flush right; no `head` if it is empty."""
-        lines = [("th", head)] if head else []
+        lines: list[tuple[str, Sequence[object]]] = [("th", head)] if head else []
         lines += [("td", row) for row in rows]
         text = "\n".join(
             "<tr>"
@@ -68,7 +67,7 @@ class Page:
         )
         self._parts.append(f"<div><table>{text}</table></div>")
 
-    def facts(self, facts: dict[str, Any]) -> None:
+    def facts(self, facts: Mapping[str, object]) -> None:
         """Names and values, all flush left."""
         rows = "\n".join(
             f"<tr><td class=name>{escape(key)}</td><td><code>{escape(str(value))}</code></td></tr>"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mace_lora.files import whole_file
 from mace_lora.results.evaluation import FAR, UNITS, Frames, Values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LABELS = {"energy": "energy per atom (eV)", "forces": "forces (eV/Å)", "stress": "stress (eV/Å³)"}
 # More points than this make a picture slow and show no more
@@ -45,7 +48,9 @@ def parity(
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def _panel(axes: Any, quantity: str, labels: np.ndarray, predictions: Mapping[str, Values]) -> None:
+def _panel(
+    axes: Axes, quantity: str, labels: np.ndarray, predictions: Mapping[str, Values]
+) -> None:
     known = np.isfinite(labels)
     if not known.any():
         axes.set_axis_off()

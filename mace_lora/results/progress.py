@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -52,7 +52,7 @@ class ProgressBar:
             self._stack.enter_context(_log_lines_above_the_bar())
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def step(self, loss: float) -> None:
@@ -65,19 +65,19 @@ class ProgressBar:
             )
             self._bar.set_postfix(self._shown, refresh=False)
 
-    def validated(self, metrics: Mapping[str, Any]) -> None:
+    def validated(self, metrics: Mapping[str, object]) -> None:
         """Validation errors, as upstream reports them (eV, eV/A)."""
         if self._bar is None:
             return
         for key, label in (("mae_e_per_atom", "E/atom meV"), ("mae_f", "F meV/A")):
-            if isinstance(metrics.get(key), float):
-                self._shown[label] = f"{1e3 * metrics[key]:.1f}"
+            if isinstance(error := metrics.get(key), float):
+                self._shown[label] = f"{1e3 * error:.1f}"
 
 
 class _AboveTheBar(logging.Handler):
     """A console handler's twin that lets tqdm make room for each line."""
 
-    def __init__(self, console: logging.StreamHandler) -> None:
+    def __init__(self, console: logging.StreamHandler[TextIO]) -> None:
         super().__init__(console.level)
         self.setFormatter(console.formatter)
         self._console = console
@@ -112,7 +112,7 @@ class History:
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    def add(self, epoch: int | None, head: str, metrics: Mapping[str, Any]) -> None:
+    def add(self, epoch: int | None, head: str, metrics: Mapping[str, object]) -> None:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
         self.rows.append((epoch, head, numbers))
 

@@ -18,6 +18,7 @@ from mace_lora.frames import stored
 from mace_lora.frames.checks import XyzFrames, check, symbols
 from mace_lora.model import artefact
 from mace_lora.training.epochs import processes
+from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 
 _FOUNDATION = "the foundation model"
@@ -177,10 +178,9 @@ def checked_dataset(
         head = keywords["head_config"]
         for test in _stored_tests(head, args) - checked:
             checked.add(test)
-            hdf5 = upstream.module("mace.data").HDF5Dataset
             settings = {name: keywords[name] for name in ("r_max", "z_table")}
             _looked_through(
-                test, partial(hdf5, test, **settings, head=head.head_name), args, numbers
+                test, partial(library.hdf5, test, **settings, head=head.head_name), args, numbers
             )
         return _looked_through(str(path), partial(load, **keywords), args, numbers)
 

@@ -1,148 +1,137 @@
-"""Run upstream's training script with or without an adapter."""
+"""Run mace-torch's training script with or without an adapter."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
+import json
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from mace_lora.config import AdapterConfig, RunOptions
-from mace_lora.errors import ConfigError
 from mace_lora.frames import stored
-from mace_lora.frames.energies import gaps_told
-from mace_lora.training import checks
-from mace_lora.training.arguments import check_files
-from mace_lora.training.epochs import processes
-from mace_lora.training.files import writing
-from mace_lora.training.session import Session
-from mace_lora.upstream import loading, precision, rebuilding
+from mace_lora.frames.energies import AtomicEnergies, gaps_told
+from mace_lora.training import checks, start, summary
+from mace_lora.training.epochs import optimised, processes
+from mace_lora.training.epochs.signals import StopRequest
+from mace_lora.training.epochs.speed import Speed
+from mace_lora.training.epochs.train import train
+from mace_lora.training.files import saving, writing
+from mace_lora.training.files.checkpoints import Checkpoints
+from mace_lora.training.prepare import prepare
+from mace_lora.training.record import Asked, Foundation, Run
+from mace_lora.upstream import cueq, library, loading, precision
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.known import MINI
 
-# Models that mace-torch builds from a foundation model
-_FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
-
 
 def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> None:
-    """Train. Without an adapter this is upstream's `run(args)`, plus the foundation model `mini`.
+    """Train. Without an adapter this is mace-torch's own run, plus the foundation model `mini`.
 
     Args:
-        args: upstream's flags.
-        config: the adapter; None for upstream's own training.
-        options: of the run, beside upstream's; they need an adapter.
+        args: mace-torch's flags.
+        config: the adapter; None for mace-torch's own training.
+        options: of the run, beside mace-torch's; they need an adapter.
 
     Raises:
         MaceLoraError: before any training, for whatever is wrong with flags, files or models; and
             at the end, if the merged model does not predict what the adapted one does.
     """
     upstream.check()
-    script = upstream.module("mace.cli.run_train")
     if config is None:
-        foundation = loading.load(MINI) if args.foundation_model == MINI else None
-        with upstream.substituted(_foundation_by_name(args, foundation)):
-            script.run(args)
+        model = loading.load(MINI) if args.foundation_model == MINI else None
+        with upstream.substituted(_loaders(args, model)):
+            library.run(args)
         return
-    if args.lbfgs and options.accumulate > 1:
-        raise ConfigError("--lbfgs takes all batches in one step: leave out --accumulate")
-    foundation = _prepare(args)
+    model = prepare(args, options)
     precision.exact_coefficients()
-    session = Session(args, config, foundation, options)
-    substitutes = {**session.substitutes(), **_foundation_by_name(args, foundation)}
+    record = Run(Asked(args, config, options))
+    if model is not None:
+        record.foundation = Foundation(model)
+    stop = StopRequest()
     with (
-        session.stop.watched(),
-        upstream.substituted(substitutes),
-        writing.explained(),
+        stop.receiving(),
+        upstream.substituted({**substitutes(record, stop), **_loaders(args, model)}),
+        writing.write_errors(),
         gaps_told(),
     ):
-        script.run(args)
-    session.say_what_was_done()
+        library.run(args)
+    summary.write(record)
 
 
-def _prepare(args: argparse.Namespace) -> torch.nn.Module | None:
-    """Check what can be checked before anything is written, and load the foundation model."""
-    if args.foundation_model is None:
-        raise ConfigError(
-            "an adapter changes a foundation model: name one with --foundation_model "
-            "(mini, medium_off, ..., or a .model file)"
-        )
-    _refuse_contradictions(args)
-    checks.numbers(args)
-    checks.heads(args)
-    checks.optional_packages(args)
-    processes.settle(args)
-    check_files(args)
-    stored.check_flags(args)
-    foundation = None
-    if loading.is_ours(args.foundation_model):  # else upstream loads it: see Session.watched
-        dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
-        foundation = loading.load(args.foundation_model, _device(args), dtype)
-        rebuilding.check_rebuildable(foundation, args)
-    checks.folders_writable(args)
-    checks.known_elements(args, foundation)
-    if args.E0s is None and args.heads is None and args.statistics_file is None:
-        args.E0s = "estimated"
-    if args.only_cueq:
-        logging.info(
-            "--only_cueq: mace-torch heeds it without a foundation model only; "
-            "training with --enable_cueq=True"
-        )
-        args.enable_cueq, args.only_cueq = True, False
-    args.lora = True  # upstream's switch for calling `inject_LoRAs` and `merge_lora_weights`
-    return foundation
+def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
+    """Our functions by key of `substitutions.ROWS`, in the order in which the script calls them.
+
+    Each comment says which stage of `run` is reached.
+    """
+    args = run.asked.args
+    energies = AtomicEnergies()
+    starting = start.Start(run, energies)
+    speed = Speed(run.asked.options.step)
+    checkpoints = Checkpoints(run)
+    ending = saving.Saving(run, checkpoints)
+    return {
+        "init_distributed": processes.init,
+        # foundation: here, or before the script where we have loaded it
+        **{key: start.remember_foundation(run, upstream.original(key)) for key in _LOADERS},
+        # the frames
+        "json": SimpleNamespace(load=stored.read_statistics, dumps=json.dumps),
+        "load_xyz": checks.checked_loader(
+            upstream.original("load_xyz"), args, lambda: run.foundation.elements(), run.files
+        ),
+        "split": checks.split,
+        "atomic_energies": energies.read,
+        "estimate_e0s": start.estimate_e0s,
+        "energies_as_array": energies.as_array,
+        "load_stored": checks.checked_dataset(
+            upstream.original("load_stored"), args, lambda: run.foundation.elements()
+        ),
+        "avg_num_neighbors": start.avg_num_neighbors,
+        # started
+        "configure_model": starting.configure_model,
+        # injected
+        "inject": starting.inject,
+        "count_parameters": optimised.count,
+        "to_cueq": start.keep_converted,
+        "to_oeq": start.keep_converted,
+        "params_options": optimised.parameter_groups,
+        "checkpoints": checkpoints.open,
+        "ema": optimised.average,
+        "lbfgs": optimised.lbfgs,
+        "ddp": processes.parallel,
+        # trained
+        **speed.substitutes(),
+        "metrics": processes.validation_metrics,
+        "train": partial(train, run, stop, speed, checkpoints),
+        # saved
+        "merge": ending.merge,
+        "from_cueq": ending.convert_back(cueq.convert_back),
+        "from_oeq": ending.convert_back(upstream.original("from_oeq")),
+        "extract_config": saving.extract_config,
+        "jit": saving.jit(),
+        "save": writing.save_whole,
+        "jit_save": ending.jit_save,
+    }
 
 
-def _device(args: argparse.Namespace) -> str:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch finds no CUDA device; use --device=cpu")
-    return args.device
+_LOADERS = ("mace_mp", "mace_off", "mace_omol", "mace_polar")
 
 
-def _refuse_contradictions(args: argparse.Namespace) -> None:
-    if args.freeze:
-        raise ConfigError(
-            f"--freeze={args.freeze} and an adapter contradict each other: an adapter freezes all "
-            "of the base model; choose the layers that it changes with its targets instead"
-        )
-    if args.model not in _FROM_FOUNDATION:
-        raise ConfigError(
-            f"--model={args.model}: mace-torch starts such a model from random numbers, whatever "
-            "--foundation_model says, and an adapter freezes them so; leave --model out"
-        )
-    if not args.name or "/" in args.name:
-        raise ConfigError(
-            f"--name={args.name}: files are called by it, so it can't be empty or hold a /; for "
-            "another folder give --work_dir"
-        )
-    if args.loss == "dipole":
-        raise ConfigError(
-            "--loss=dipole is for models of dipoles alone, which can't be adapted by this command"
-        )
-    if not args.foundation_filter_elements:
-        raise ConfigError(
-            "--foundation_filter_elements=False starts the readouts from random numbers, and an "
-            "adapter freezes them so; leave one of the two out"
-        )
-
-
-def _foundation_by_name(
-    args: argparse.Namespace, foundation: torch.nn.Module | None
-) -> dict[str, Any]:
-    """Let upstream take our loaded model for one of its named ones, instead of reading a file."""
+def _loaders(args: argparse.Namespace, foundation: torch.nn.Module | None) -> dict[str, object]:
+    """Let mace-torch take our loaded model for one of its named ones, instead of reading a file."""
     if foundation is None:
         return {}
     names = [*upstream.original("foundation_names"), args.foundation_model]
     load = upstream.original("mace_mp")
 
-    def mace_mp(model: Any = None, **keywords: Any) -> Any:
+    def mace_mp(model: str | None = None, **keywords: object) -> object:
         if model != args.foundation_model:
             return load(model=model, **keywords)
         dtype = keywords.get("default_dtype")
         with contextlib.suppress(AttributeError, TypeError):
-            foundation.to(getattr(torch, dtype))
-        return SimpleNamespace(models=[foundation.to(keywords["device"])])
+            foundation.to(getattr(torch, str(dtype)))
+        return SimpleNamespace(models=[foundation.to(str(keywords["device"]))])
 
     return {"foundation_names": names, "mace_mp": mace_mp}

@@ -7,7 +7,7 @@ goes through a pseudo-inverse; see `contractions`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -15,13 +15,14 @@ from mace_lora.errors import ConfigError, UnsupportedUpstream
 from mace_lora.model.contractions import project
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.precision import exact_coefficients
+from mace_lora.upstream.types import Tensors
 
-_Transfer = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], None]
+_Transfer = Callable[[Tensors, Tensors], None]
 # Largest relative difference between mace-torch's converted weights and ours
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+def convert(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
     """A model like `model` in cuequivariance's layout, whose contractions have e3nn's parameters.
 
     Raises:
@@ -29,16 +30,16 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
         UnsupportedUpstream: it converts contractions in a way that is not known.
     """
     exact_coefficients()
-    matrices: dict[str, torch.Tensor] = {}
+    matrices: Tensors = {}
     original = upstream.original("transfer_contractions")
 
-    def transfer(source: dict[str, torch.Tensor], target: Any, *settings: Any) -> None:
+    def transfer(source: Tensors, target: Tensors, *settings: object) -> None:
         original(source, target, *settings)
         matrices.update(_matrices(model, source, lambda s, t: original(s, t, *settings)))
 
     try:
         with upstream.substituted({"transfer_contractions": transfer}):
-            converted = upstream.original("to_cueq")(model, device=device)
+            converted: torch.nn.Module = upstream.original("to_cueq")(model, device=device)
     except NotImplementedError as error:  # correlation 1, or above 3
         raise ConfigError(
             f"--enable_cueq=True: mace-torch can't convert this model: {error}; leave the flag out"
@@ -46,9 +47,9 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
     _same_parameters(converted, model)
     for name, contractions in _products(model).items():
         product = converted.get_submodule(name)
-        before = product.weight.detach()
-        project(product, contractions, matrices[name])
-        difference = (product.weight - before).abs().max()
+        before = cast(torch.Tensor, product.weight).detach()
+        project(product, list(contractions), matrices[name])
+        difference = (cast(torch.Tensor, product.weight) - before).abs().max()
         if not difference <= _TOLERANCE[before.dtype] * before.abs().max():
             raise UnsupportedUpstream(
                 f"--enable_cueq=True: mace-torch {upstream.version()} converts the weights of "
@@ -58,10 +59,10 @@ def convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def convert_back(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+def convert_back(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
     """A merged model of `convert` in e3nn's layout, with the very weights of its contractions."""
     exact_coefficients()
-    plain = upstream.original("from_cueq")(model, device=device)
+    plain: torch.nn.Module = upstream.original("from_cueq")(model, device=device)
     _same_parameters(plain, model)
     own = dict(model.named_parameters())
     for name in _products(plain):
@@ -83,21 +84,22 @@ def _same_parameters(converted: torch.nn.Module, model: torch.nn.Module) -> None
         except AttributeError:
             continue  # weights of contractions
         if tensor in holder._buffers:
-            value = holder._buffers.pop(tensor)
+            value = holder.get_buffer(tensor)
+            delattr(holder, tensor)
             holder.register_parameter(tensor, torch.nn.Parameter(value))
 
 
 def _products(model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
     """The contractions of each symmetric contraction of a model in e3nn's layout, by its name."""
-    return {
-        f"products.{i}.symmetric_contractions": product.symmetric_contractions.contractions
-        for i, product in enumerate(model.products)
-    }
+    names = [f"products.{i}.symmetric_contractions" for i in range(len(_list(model, "products")))]
+    return {name: _list(model, f"{name}.contractions") for name in names}
 
 
-def _matrices(
-    model: torch.nn.Module, source: dict[str, torch.Tensor], transfer: _Transfer
-) -> dict[str, torch.Tensor]:
+def _list(model: torch.nn.Module, name: str) -> torch.nn.ModuleList:
+    return cast(torch.nn.ModuleList, model.get_submodule(name))
+
+
+def _matrices(model: torch.nn.Module, source: Tensors, transfer: _Transfer) -> Tensors:
     """What mace-torch does to the paths: (new paths, old paths) by product.
 
     It is linear in them, and the same for each element and channel: it is done to unit vectors.
@@ -107,12 +109,16 @@ def _matrices(
         names = [
             f"{product}.contractions.{k}.{key}"
             for k, part in enumerate(contractions)
-            for key in ("weights_max", *(f"weights.{j}" for j in range(len(part.weights))))
+            for key in ("weights_max", *(f"weights.{j}" for j in range(_count(part))))
         ]
         sizes = [source[name].shape[1] for name in names]
-        unit = torch.eye(sum(sizes), dtype=torch.float64).split(sizes)
+        unit = torch.split(torch.eye(sum(sizes), dtype=torch.float64), sizes)
         units |= {name: rows.unsqueeze(0) for name, rows in zip(names, unit, strict=True)}
         paths[product] = f"{product}.weight"
-    found: dict[str, torch.Tensor] = {}
+    found: Tensors = {}
     transfer(units, found)
     return {product: found[key].squeeze(0) for product, key in paths.items()}
+
+
+def _count(contraction: torch.nn.Module) -> int:
+    return len(cast(torch.nn.ParameterList, contraction.get_submodule("weights")))

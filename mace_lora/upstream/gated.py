@@ -10,7 +10,7 @@ The classes are made on first use, which pickle does by importing them from here
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 import torch
 
@@ -19,8 +19,8 @@ from mace_lora.upstream import names as upstream
 _PREFIX = "Gated"
 
 
-def __getattr__(name: str) -> Any:
-    plain = getattr(upstream.module("mace.modules"), name.removeprefix(_PREFIX), None)
+def __getattr__(name: str) -> type[torch.nn.Module]:
+    plain = _plain(name.removeprefix(_PREFIX))
     if not name.startswith(_PREFIX) or plain is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made = type(name, (plain,), {"__module__": __name__, "__doc__": f"A {plain.__name__} + gates."})
@@ -31,6 +31,11 @@ def __getattr__(name: str) -> Any:
 def mark(model: torch.nn.Module) -> None:
     """Make `model`, which holds gates, one of a gated class; a class not of mace.modules stays."""
     name = type(model).__name__
-    if getattr(upstream.module("mace.modules"), name, None) is type(model):
-        module = upstream.module(__name__)
-        model.__class__ = getattr(module, _PREFIX + name)
+    if _plain(name) is type(model):
+        model.__class__ = getattr(sys.modules[__name__], _PREFIX + name)
+
+
+def _plain(name: str) -> type[torch.nn.Module] | None:
+    """mace-torch's class of this name."""
+    found: type[torch.nn.Module] | None = getattr(upstream.original("modules"), name, None)
+    return found

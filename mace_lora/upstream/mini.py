@@ -94,7 +94,7 @@ def _read(name: str) -> bytes:
 
 def load_card() -> dict[str, Any]:
     """The description of mini: architecture, training data, measured errors, licence, units."""
-    card = json.loads(_read(CARD))
+    card: dict[str, Any] = json.loads(_read(CARD))
     if card.get("format") != FORMAT:
         raise ValueError(f"{CARD} has format {card.get('format')!r}, expected {FORMAT}")
     return card

@@ -36,16 +36,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @functools.cache
 def exact_coefficients() -> None:
     """Compute coefficients in float64 from now on, in this process, and forget those kept."""
-    group = upstream.module("mace.tools.cg").O3_e3nn
-    if not hasattr(group, "clebsch_gordan"):  # without cuequivariance none are kept
+    group, name = upstream.holder("clebsch_gordan")
+    if not hasattr(group, name):  # without cuequivariance none are kept
         return
-    original = group.clebsch_gordan.__func__
+    original = getattr(group, name).__func__
 
-    def clebsch_gordan(cls, *representations):
+    def clebsch_gordan(cls: type, *representations: object) -> object:
         with _default(torch.float64):
             return original(cls, *representations)
 
-    group.clebsch_gordan = classmethod(clebsch_gordan)
+    setattr(group, name, classmethod(clebsch_gordan))
     _forget()
 
 

@@ -13,7 +13,7 @@ import yaml
 from mace_lora import load_foundation
 from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.errors import ConfigError, did_you_mean
-from mace_lora.upstream import names as upstream
+from mace_lora.upstream import library
 from reproduction.datasets import System
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -119,7 +119,7 @@ def select(names: str, study: bool = False) -> list[Method]:
 def architecture(foundation: str) -> dict[str, Any]:
     """Settings that build the architecture of a foundation model, to train it from scratch."""
     model = load_foundation(foundation)
-    c = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
+    c = library.architecture(model)
     return {
         "model": type(model).__name__,
         "hidden_irreps": str(c["hidden_irreps"]),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.running import LATEST, here, results, same_weights, short_run
 
-from mace_lora.training.epochs.training import EXPLODED
+from mace_lora.training.epochs.divergence import EXPLODED
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,8 @@ from mace_lora.model.injection import adapter_parameters, adapters
 from mace_lora.model.layers import find_sites
 from mace_lora.model.merging import changes
 from mace_lora.testing import outputs, randomise_, worst
-from mace_lora.training.epochs.signals import StopRequest
+from mace_lora.training.epochs.optimised import parameter_groups
 from mace_lora.training.epochs.steps import Steps, steps_done
-from mace_lora.training.epochs.training import Training
 
 LOW_RANK = [m for m in METHODS if any(f.name == "dropout" for f in options_of(m).fields())]
 
@@ -212,17 +211,10 @@ def test_a_pattern_must_match_an_adapted_layer(model):
         inject(model, AdapterConfig.create("lora", rank_pattern=("typo=2",)))
 
 
-def training(*flags: str) -> Training:
-    base = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", "--lora=True", *flags]
-    args, _, options = cli.parse(base)
-    return Training(args, "x", options, StopRequest(), lambda frames: "", adapter={})
-
-
 def test_learning_rate_of_b(model):
     adapted(model, lr_ratio=8.0)
-    groups = training("--lr=0.01").params_options(
-        cli.parse(["--name=x", "--train_file=t.xyz", "--lr=0.01"])[0], model
-    )["params"]
+    args = cli.parse(["--name=x", "--train_file=t.xyz", "--lr=0.01"])[0]
+    groups = parameter_groups(args, model)["params"]
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in adapter_parameters(model).items():
         assert rates[id(parameter)] == pytest.approx(0.08 if "lora_B" in name else 0.01), name

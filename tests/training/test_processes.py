@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 # The command, with a look at what goes from process to process during training, and at who writes
 SPY = """
 import json, os, sys, torch
-from mace_lora.training import processes
+from mace_lora.training.epochs import processes
 sent, wrote, rank = [], [], os.environ["RANK"]
 original = processes.parallel
 def parallel(model, device_ids=None):
@@ -51,8 +51,8 @@ finally:
 # The first process waits after its second step until a signal has come
 WAITING = """
 import os, time
-from mace_lora.training.epochs.training import Training
-take_step, taken = Training.take_step, []
+from mace_lora.training.epochs.loop import Loop
+take_step, taken = Loop.take_step, []
 def waiting(self, **keywords):
     result = take_step(self, **keywords)
     taken.append(1)
@@ -61,7 +61,7 @@ def waiting(self, **keywords):
         assert time.monotonic() < end
         time.sleep(0.01)
     return result
-Training.take_step = waiting
+Loop.take_step = waiting
 from mace_lora.cli import main
 import sys
 main(sys.argv[2:])

@@ -25,9 +25,10 @@ from helpers.running import (
 
 from mace_lora import load_adapter
 from mace_lora.testing import outputs, worst
+from mace_lora.training import run as training_run
 from mace_lora.training.epochs.signals import StopRequest
-from mace_lora.training.epochs.training import Training
-from mace_lora.training.files.saving import Saving
+from mace_lora.training.record import Trained
+from mace_lora.upstream import names as upstream
 
 PREVIOUS = "checkpoints/run_run-1_previous.pt"
 
@@ -64,14 +65,19 @@ def assert_ended_like(folder: Path, whole: Path) -> None:
 
 def test_an_uninterrupted_run_is_as_with_mace_torchs_own_loop(tmp_path, flags, whole, monkeypatch):
     """The same losses at every step and validation, and the same model."""
-    for part, key in ((Training, "train"), (Saving, "checkpoints")):
-        ours = part.substitutes
-        monkeypatch.setattr(
-            part,
-            "substitutes",
-            lambda self, ours=ours, key=key: {k: v for k, v in ours(self).items() if k != key},
-        )
-    monkeypatch.setattr(Saving, "checkpoints", type("", (), {"stage_two": True}), raising=False)
+    ours = training_run.substitutes
+
+    def without_our_loop(run, stop):
+        def train(**keywords):
+            valid_sets = {h: v.dataset for h, v in keywords["valid_loaders"].items()}
+            run.trained = Trained(len(keywords["train_loader"].dataset), valid_sets)
+            upstream.original("train")(**keywords)
+
+        found = {**ours(run, stop), "train": train}
+        del found["checkpoints"]
+        return found
+
+    monkeypatch.setattr(training_run, "substitutes", without_our_loop)
     assert here(tmp_path, *flags, "--max_num_epochs=6") == ""
     assert list(tmp_path.glob("checkpoints/*_epoch-*.pt"))  # mace-torch's, so its loop has run
     assert results(tmp_path) == results(whole)
@@ -291,7 +297,7 @@ def test_all_epochs_are_kept_and_the_best_is_the_result(tmp_path, flags, foundat
 
 def test_a_signal_outside_training_leaves_at_once():
     before = signal.getsignal(signal.SIGTERM)
-    with StopRequest().watched(), pytest.raises(SystemExit) as left:  # noqa: PT012
+    with StopRequest().receiving(), pytest.raises(SystemExit) as left:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert left.value.code == 75

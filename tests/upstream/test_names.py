@@ -1,9 +1,15 @@
-"""Upstream's names: checked, substituted, restored."""
+"""Upstream's names: checked, substituted, restored, and told in a table."""
+
+from pathlib import Path
 
 import pytest
 
+import mace_lora
 from mace_lora.errors import UnsupportedUpstream
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.substitutions import CALLED, CHANGED, ROWS, RUN, SUBSTITUTED, markdown
+
+IN_RUN = [key for key, row in SUBSTITUTED.items() if row.when == RUN]
 
 
 def test_the_installed_mace_torch_is_as_we_rely_on_it():
@@ -11,27 +17,63 @@ def test_the_installed_mace_torch_is_as_we_rely_on_it():
     upstream.check()
 
 
+def test_every_substitute_has_its_reason_and_its_end():
+    for key, row in {**SUBSTITUTED, **CHANGED}.items():
+        assert row.use, key
+        assert row.why, key
+        assert row.until, key
+        assert row.when, key
+    assert len(ROWS) == len(SUBSTITUTED) + len(CHANGED) + len(CALLED)  # no key stands twice
+
+
+def test_the_page_shows_the_table():
+    """python -c "from mace_lora.upstream import substitutions; print(substitutions.markdown())"."""
+    page = Path(mace_lora.__file__).parent / "upstream" / "README.md"
+    assert markdown() in page.read_text(encoding="utf-8")
+
+
 def test_names_are_restored_even_after_an_error():
-    before = {key: upstream.original(key) for key in upstream.NAMES}
+    before = {key: upstream.original(key) for key in IN_RUN}
     with (
         pytest.raises(RuntimeError),
-        upstream.substituted({key: object() for key in upstream.NAMES}),
+        upstream.substituted({key: object() for key in IN_RUN}),
     ):
         raise RuntimeError("training broke off")
-    for key, name in upstream.NAMES.items():
-        assert getattr(upstream.module(name.module), name.attribute) is before[key]
+    for key in IN_RUN:
+        assert upstream.current(key) is before[key]
 
 
 def test_originals_are_reachable_while_substituted():
     original = upstream.original("take_step")
     with upstream.substituted({"take_step": len}):
+        with upstream.substituted({"take_step": max, "train": min}):
+            assert upstream.original("take_step") is original
+            assert upstream.current("take_step") is max
         assert upstream.original("take_step") is original
-        assert upstream.module("mace.tools.train").take_step is len
-    assert upstream.module("mace.tools.train").take_step is original
+        assert upstream.current("take_step") is len
+    assert upstream.current("take_step") is original
 
 
 def test_a_changed_signature_is_named(monkeypatch):
-    script = upstream.module("mace.cli.run_train")
-    monkeypatch.setattr(script, "get_params_options", lambda model, everything: None)
+    holder, name = upstream.holder("params_options")
+    monkeypatch.setattr(holder, name, lambda model, everything: None)
     with pytest.raises(UnsupportedUpstream, match="get_params_options has no parameter args"):
         upstream.check()
+
+
+@pytest.mark.parametrize("key", ["batch", "neighbours", "hdf5"])
+def test_a_missing_name_is_told_wherever_it_stands(monkeypatch, key):
+    """In a class or a module; only called, or changed in part."""
+    holder, name = upstream.holder(key)
+    monkeypatch.delattr(holder, name)
+    row = ROWS[key]
+    with pytest.raises(UnsupportedUpstream, match=f"{row.module}.{row.attribute} does not exist"):
+        upstream.check()
+
+
+def test_packages_that_a_run_may_do_without_are_checked_on_demand(monkeypatch, tmp_path):
+    (tmp_path / "wandb.py").write_text("config = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert upstream.problems() == []  # asked of those alone that a run needs
+    with pytest.raises(UnsupportedUpstream, match=r"wandb\.log does not exist"):
+        upstream.check("wandb")

@@ -4,8 +4,8 @@ mace-torch's own `train` can't be continued exactly: lowest loss, patience and s
 inside it, the order of the frames and the counter of EMA are nowhere written down, a restart
 repeats the epoch of its checkpoint and skips a step of the scheduler. This loop does the same
 things in the same order, so that an uninterrupted run has the same losses bit for bit, and calls
-mace-torch for each of them (`train_one_epoch`, `evaluate`, `valid_err_log`, looked up by name, so
-that substitutes are seen). What it does differently:
+mace-torch for each of them (`train_one_epoch`, `evaluate`, `valid_err_log`). What it does
+differently:
 
 - patience ends a run of one process too; mace-torch says "Stopping optimization" and goes on;
 - the average over the weights of stage two is not computed: mace-torch never uses it.
@@ -17,89 +17,73 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
+from mace_lora.frames.checks import sources
+from mace_lora.results.progress import ProgressBar
 from mace_lora.training.epochs import processes
+from mace_lora.training.epochs.divergence import diverged, has_diverged
 from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.epochs.signals import EXIT_CODE, StopRequest
+from mace_lora.training.epochs.speed import Speed
+from mace_lora.training.epochs.steplog import StepLog
 from mace_lora.training.epochs.steps import Steps
-from mace_lora.upstream import names as upstream
+from mace_lora.training.record import Run
+from mace_lora.upstream import library
+from mace_lora.upstream.types import Batch, Loader, Metrics, Number, TrainArguments
 
+if TYPE_CHECKING:
+    from mace_lora.training.files.checkpoints import Checkpoints
 
-@dataclass
-class Progress:
-    """Where a run stands: plain numbers, stored in each checkpoint.
-
-    Attributes:
-        epoch: the epoch that is being trained.
-        steps: batches of it that are done; 0 until the first one is.
-        valid_loss: of the last validation.
-        initial_loss: the validation loss before any training.
-        lowest_loss: of this stage.
-        without_improvement: validations since then.
-        stage_two: whether stage two (`--swa`) has begun.
-        way: how the steps of this run are computed, see `speed`.
-    """
-
-    epoch: int = 0
-    steps: int = 0
-    valid_loss: float = math.inf
-    initial_loss: float = math.inf
-    lowest_loss: float = math.inf
-    without_improvement: int = 0
-    stage_two: bool = False
-    way: str = ""
+# Epoch, step and frames (indices into the training set) of a step
+Where = tuple[int, int, list[int]]
 
 
 class Loop:
     """The epochs of one run.
 
     Args:
+        run: the record, which has come to `trained`.
+        arguments: what mace-torch hands to its `train`.
         stop: says whether a signal has asked for an end.
-        taken: takes the steps; says when the gradients of several batches wait.
-        deliver: makes the batches of an epoch from mace-torch's loader.
-        keywords: what mace-torch hands to its `train`; its logger is a `steplog.StepLog`.
+        speed: computes the steps.
+        checkpoints: writes and restores the state of this loop.
     """
 
     def __init__(
-        self, stop: StopRequest, taken: Steps, deliver: Callable[[Any], Any], **keywords: Any
+        self,
+        run: Run,
+        arguments: TrainArguments,
+        stop: StopRequest,
+        speed: Speed,
+        checkpoints: Checkpoints,
     ) -> None:
+        self.run_options = run.asked.options
+        self.args = run.asked.args
+        self.files = run.files
+        self.history = run.trained.history
+        self.at = run.trained.at
+        self.given = given = arguments
+        self.model = given.model
+        self.optimizer = given.optimizer
+        self.scheduler = given.lr_scheduler
+        self.swa, self.ema = given.swa, given.ema
+        self.train_loader, self.valid_loaders = given.train_loader, given.valid_loaders
+        self.max_grad_norm = given.max_grad_norm
+        self.rank, self.distributed = given.rank, given.distributed
         self.stop = stop
-        self.taken = taken
-        self.deliver = deliver
-        self.model: torch.nn.Module = keywords["model"]
-        self.loss_fn = keywords["loss_fn"]
-        self.train_loader = keywords["train_loader"]
-        self.valid_loaders: dict[str, Any] = keywords["valid_loaders"]
-        self.optimizer: torch.optim.Optimizer = keywords["optimizer"]
-        self.scheduler = keywords["lr_scheduler"]
-        self.max_num_epochs: int = keywords["max_num_epochs"]
-        self.patience: int = keywords["patience"]
-        self.checkpoints = keywords["checkpoint_handler"]
-        self.logger = keywords["logger"]
-        self.eval_interval: int = keywords["eval_interval"]
-        self.output_args = keywords["output_args"]
-        self.device = keywords["device"]
-        self.log_errors: str = keywords["log_errors"]
-        self.swa = keywords.get("swa")
-        self.ema = keywords.get("ema")
-        self.max_grad_norm = keywords.get("max_grad_norm", 10.0)
-        self.log_wandb = keywords.get("log_wandb", False)
-        self.plotter = keywords.get("plotter")
-        self.distributed_model = keywords.get("distributed_model")
-        self.rank: int = keywords.get("rank", 0)
-        self.keep_all = keywords.get("save_all_checkpoints", False)
-        self.distributed = keywords.get("distributed", False)
-        self.at = Progress()
+        self.speed = speed
+        self.checkpoints = checkpoints
+        self.logger = StepLog(given.logger, self._judge)
+        self.steps = Steps(self.run_options)
+        self.bar = ProgressBar(0, 0, enabled=False)
         self.resumed = False
-        self.order = FrameOrder.of(self.train_loader, *processes.which(self.distributed))
+        self.order = FrameOrder.of(self.train_loader, *processes.rank_and_count(self.distributed))
         for loader in self.valid_loaders.values():
             processes.share_frames(loader, self.rank, self.distributed)
-        self._upstream = upstream.module("mace.tools.train")
         self._saved_at = time.monotonic()
 
     # ------------------------------------------------------------------ the loop itself
@@ -120,17 +104,29 @@ class Loop:
             CheckpointError: a checkpoint can't be written.
             Diverged: a loss is not finite, or has exploded.
         """
-        self._say_how()
-        with self.stop.waiting():
-            if not self.resumed:
-                self.at.valid_loss = self.at.initial_loss = self._validate(None)
-            while self.at.epoch < self.max_num_epochs and not self._patience_is_spent():
-                self._epoch()
-                self._save()
-                self._leave_if_asked(saved=True)
+        per_epoch = len(self.train_loader)
+        done = self.at.epoch * per_epoch + self.at.steps
+        self.steps.begin(per_epoch, done)
+        total = max(self.given.max_num_epochs * per_epoch, done)
+        epochs_left = -(-(total - done) // max(per_epoch, 1))
+        self.at.way = self.speed.plan(
+            self.model, self.train_loader, self.valid_loaders, epochs_left, self.at.way
+        )
+        with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
+            self._log_settings()
+            with self.stop.waiting():
+                self._all_epochs()
         logging.info("Training complete")
 
-    def _say_how(self) -> None:
+    def _all_epochs(self) -> None:
+        if not self.resumed:
+            self.at.valid_loss = self.at.initial_loss = self._validate(None)
+        while self.at.epoch < self.given.max_num_epochs and not self._patience_is_spent():
+            self._epoch()
+            self._save()
+            self._leave_if_asked(saved=True)
+
+    def _log_settings(self) -> None:
         if self._is_lbfgs() and self.max_grad_norm is not None:
             # mace-torch clips inside the closure: the line search then compares the loss with
             # gradients that are not its own, and ends in NaN, in float32 above all
@@ -146,36 +142,35 @@ class Loop:
             )
 
     def _patience_is_spent(self) -> bool:
-        return self.at.without_improvement >= self.patience
+        return self.at.without_improvement >= self.given.patience
 
     def _epoch(self) -> None:
         at = self.at
         if at.steps == 0:
             self._begin_epoch()
-        if self._is_schedule_free():
-            self.optimizer.train()
-        self._upstream.train_one_epoch(
+        self._set_optimiser_mode("train")
+        library.train_one_epoch(
             model=self.model,
             loss_fn=self._loss(),
             data_loader=self._batches(),
             optimizer=self.optimizer,
             epoch=at.epoch,
-            output_args=self.output_args,
+            output_args=self.given.output_args,
             max_grad_norm=self.max_grad_norm,
             ema=self.ema,
             logger=self.logger,
-            device=self.device,
+            device=self.given.device,
             distributed=self.distributed,
-            distributed_model=self.distributed_model,
+            distributed_model=self.given.distributed_model,
             rank=self.rank,
         )
-        if at.epoch % self.eval_interval == 0:
+        if at.epoch % self.given.eval_interval == 0:
             self._validate_and_judge()
         at.epoch, at.steps = at.epoch + 1, 0
 
     def _begin_epoch(self) -> None:
         at = self.at
-        if not self._in_stage_two():
+        if self.swa is None or at.epoch < self.swa.start:
             if at.epoch > 0:
                 self.scheduler.step(metrics=at.valid_loss)
             return
@@ -185,43 +180,69 @@ class Loop:
         if at.epoch > 0:
             self.swa.scheduler.step()
 
-    def _in_stage_two(self) -> bool:
-        return self.swa is not None and self.at.epoch >= self.swa.start
-
     def _loss(self) -> torch.nn.Module:
-        return self.swa.loss_fn if self._in_stage_two() else self.loss_fn
+        if self.swa is not None and self.at.epoch >= self.swa.start:
+            return self.swa.loss_fn
+        return self.given.loss_fn
 
     def _is_lbfgs(self) -> bool:
         return isinstance(self.optimizer, torch.optim.LBFGS)
 
-    def _is_schedule_free(self) -> bool:
-        return "ScheduleFree" in type(self.optimizer).__name__
+    def _set_optimiser_mode(self, mode: str) -> None:
+        """Schedule-free optimisers have two sets of weights: `train` and `eval` choose one."""
+        if "ScheduleFree" in type(self.optimizer).__name__:
+            getattr(self.optimizer, mode)()
 
     # ------------------------------------------------------------------ steps
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Loader | _Batches:
         if self._is_lbfgs():
             self.order.begin(skip=0)
             return self.train_loader  # one step of LBFGS takes all batches, several times
         return _Batches(self)
 
-    def frames_of_this_step(self) -> list[int]:
-        """Indices into the training set of the batch that was trained on last."""
-        if self._is_lbfgs():
-            return []
-        return self.order.batch(self.at.steps)
+    def take_step(
+        self, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **others: object
+    ) -> tuple[Number, Metrics]:
+        """In the place of mace-torch's `take_step`: computed the chosen way, its loss judged."""
+        loss, metrics = self.steps.take(
+            self.speed.take_step, model=model, optimizer=optimizer, **others
+        )
+        where = self.at.epoch, self.at.steps, self.order.batch(self.at.steps)
+        if torch.is_tensor(metrics["loss"]):  # on a device that works on meanwhile
+            return loss, {**metrics, "where": where}
+        self._judge(float(metrics["loss"]), where)
+        return loss, {**metrics}
 
-    def between_steps(self) -> None:
-        """A step is done, and the next has not begun."""
+    def _judge(self, loss: float, where: Where) -> None:
+        """
+        Raises:
+            Diverged: the loss of a step is not finite, or has exploded.
+        """
+        if has_diverged(loss, self.at.initial_loss):
+            epoch, step, indices = where
+            text = f"epoch {epoch}, step {step}{self._name_frames(indices)}"
+            raise diverged(self.args, self.at, "training loss", loss, text)
+        self.bar.step(loss)
+
+    def _name_frames(self, indices: list[int]) -> str:
+        """The frames of a step, for a message."""
+        if not indices:
+            return ""
+        found = sources(self.files, [self.train_loader.dataset[i] for i in indices])
+        return f", on frames {indices} of the training set" + (f" ({found})" if found else "")
+
+    def after_step(self) -> None:
+        """A step is done, and the next has not begun: the run can stop or be saved."""
         self.at.steps += 1
-        if self.taken.gradients_wait():
+        if self.steps.gradients_wait():
             return
         self._leave_if_asked()
-        if time.monotonic() - self._saved_at >= self.taken.options.checkpoint_seconds:
+        if time.monotonic() - self._saved_at >= self.run_options.checkpoint_seconds:
             self._save()
 
     def _leave_if_asked(self, saved: bool = False) -> None:
-        if not processes.any_of_us(bool(self.stop), self.device, self.distributed):
+        if not processes.in_any(bool(self.stop), self.given.device, self.distributed):
             return
         if not saved:
             self._save()
@@ -234,7 +255,7 @@ class Loop:
         raise SystemExit(EXIT_CODE)
 
     def _save(self) -> None:
-        self.logger.look()  # a run that has diverged is not saved
+        self.logger.flush()  # a run that has diverged is not saved
         if self.rank == 0:
             self.checkpoints.write(self)
         self._saved_at = time.monotonic()
@@ -244,58 +265,70 @@ class Loop:
     def _validate(self, epoch: int | None) -> float:
         """Loss on the validation set of the last head, which is the one that counts upstream."""
         loss, seen = math.inf, {}
-        for name, loader in self.valid_loaders.items():
-            loss, metrics = self._upstream.evaluate(
+        for head, loader in self.valid_loaders.items():
+            loss, metrics = library.evaluate(
                 model=self.model,  # without DistributedDataParallel: there are no gradients
-                loss_fn=self.loss_fn if epoch is None else self._loss(),
+                loss_fn=self.given.loss_fn if epoch is None else self._loss(),
                 data_loader=loader,
-                output_args=self.output_args,
-                device=self.device,
+                output_args=self.given.output_args,
+                device=self.given.device,
             )
             if self.rank == 0:
-                self._upstream.valid_err_log(
-                    loss, metrics, self.logger, self.log_errors, epoch, name
-                )
-            seen[name] = {
+                self._log_validation(loss, metrics, epoch, head)
+            seen[head] = {
                 "epoch": epoch,
                 "valid_loss": loss,
                 "valid_rmse_e_per_atom": metrics["rmse_e_per_atom"],
                 "valid_rmse_f": metrics["rmse_f"],
             }
-        if self.log_wandb and epoch is not None and self.rank == 0:
-            upstream.module("wandb").log(seen)
+        if self.given.log_wandb and epoch is not None and self.rank == 0:
+            library.log_to_wandb(seen)
         return float(loss)
 
-    def averaged(self) -> contextlib.AbstractContextManager[Any]:
+    def _log_validation(self, loss: float, metrics: Metrics, epoch: int | None, head: str) -> None:
+        """mace-torch's log line; the errors are kept for the learning curve.
+
+        Raises:
+            Diverged: the loss is not finite, or has exploded.
+        """
+        library.log_validation(loss, metrics, self.logger, self.given.log_errors, epoch, head)
+        if has_diverged(float(loss), self.at.initial_loss):
+            where = f"epoch {self.at.epoch}, step {self.at.steps}"
+            what = f"validation loss of head {head}"
+            raise diverged(self.args, self.at, what, float(loss), where)
+        self.history.add(epoch, head, metrics)
+        self.bar.validated(metrics)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The weights that are validated and saved: EMA's, where there is one."""
         return self.ema.average_parameters() if self.ema is not None else contextlib.nullcontext()
 
     def _validate_and_judge(self) -> None:
         at = self.at
-        if self._is_schedule_free():
-            self.optimizer.eval()
+        self._set_optimiser_mode("eval")
         with self.averaged():
             at.valid_loss = self._validate(at.epoch)
             self._plot()
             better = at.valid_loss < at.lowest_loss
-            if (better or self.keep_all) and self.rank == 0:
+            if (better or self.given.save_all_checkpoints) and self.rank == 0:
                 self.checkpoints.keep(self, best=better)
         if better:
             at.lowest_loss, at.without_improvement = at.valid_loss, 0
             return
         at.without_improvement += 1
         if self._patience_is_spent():
-            told = f"Stopping optimization after {at.without_improvement} epochs without"
-            if self.swa is not None and not self._in_stage_two():
-                logging.info(f"{told} improvement and starting Stage Two")
+            text = f"Stopping optimization after {at.without_improvement} epochs without"
+            if self.swa is not None and at.epoch < self.swa.start:
+                logging.info(f"{text} improvement and starting Stage Two")
                 at.epoch, at.without_improvement = self.swa.start, 0
             else:
-                logging.info(f"{told} improvement")
+                logging.info(f"{text} improvement")
 
     def _plot(self) -> None:
-        if self.plotter and self.at.epoch % self.plotter.plot_frequency == 0:
+        plotter = self.given.plotter
+        if plotter and self.at.epoch % plotter.plot_frequency == 0:
             try:
-                self.plotter.plot(self.at.epoch, self.model, self.rank)
+                plotter.plot(self.at.epoch, self.model, self.rank)
             except Exception as error:  # mace-torch's picture is no reason to lose a run
                 logging.debug(f"Plotting failed: {error}")
 
@@ -309,9 +342,9 @@ class _Batches:
     def __len__(self) -> int:
         return len(self._loop.train_loader)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         loop = self._loop
         loop.order.begin(skip=loop.at.steps)
-        for batch in loop.deliver(loop.train_loader):
+        for batch in loop.speed.batches(loop.train_loader):
             yield batch
-            loop.between_steps()
+            loop.after_step()

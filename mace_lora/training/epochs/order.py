@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
+
+from mace_lora.upstream.types import Dataset, Loader
 
 
 class FrameOrder(torch.utils.data.Sampler[int]):
@@ -24,7 +25,7 @@ class FrameOrder(torch.utils.data.Sampler[int]):
 
     def __init__(
         self,
-        frames: Any,
+        frames: Dataset,
         generator: torch.Generator,
         batch_size: int,
         rank: int = 0,
@@ -39,7 +40,7 @@ class FrameOrder(torch.utils.data.Sampler[int]):
         self._mine: list[int] = []
 
     @classmethod
-    def of(cls, loader: Any, rank: int, processes: int) -> FrameOrder:
+    def of(cls, loader: Loader, rank: int, processes: int) -> FrameOrder:
         """Make `loader` draw its frames in a known order; the order of one process is unchanged."""
         batches = loader.batch_sampler
         if isinstance(batches.sampler, cls):
@@ -88,7 +89,7 @@ class FrameOrder(torch.utils.data.Sampler[int]):
         return iter(whole[self._skip * self._batch_size :])
 
 
-class Part(torch.utils.data.Sampler[int]):
+class ShareOfBatches(torch.utils.data.Sampler[int]):
     """Every n-th batch of a data set in its order: this process's part, nothing twice or left out.
 
     With fewer batches than processes each process takes all of them.

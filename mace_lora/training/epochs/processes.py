@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from mace_lora.errors import ConfigError
-from mace_lora.training.epochs.order import Part
+from mace_lora.training.epochs.order import ShareOfBatches
+from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import Batch, Loader, Tensors
 
 
-def settle(args: argparse.Namespace) -> None:
+def set_launcher(args: argparse.Namespace) -> None:
     """Set `--distributed` and `--launcher` to what the environment says.
 
     Raises:
@@ -57,13 +59,13 @@ def settle(args: argparse.Namespace) -> None:
 
 def init(args: argparse.Namespace) -> tuple[int, int, int]:
     """mace-torch's `init_distributed`, for CPUs too: rank, rank on this machine, processes."""
-    original = upstream.original("init_distributed")
     if args.distributed and args.device == "cpu" and args.launcher != "none":
         if args.launcher == "slurm":  # sets RANK and the others from SLURM's variables
-            upstream.module("mace.tools.slurm_distributed").DistributedEnvironment()
+            library.take_slurms_environment()
         if not dist.is_initialized():
             dist.init_process_group(backend="gloo", init_method="env://")
-    return original(args)
+    ranks: tuple[int, int, int] = upstream.original("init_distributed")(args)
+    return ranks
 
 
 def parallel(model: torch.nn.Module, device_ids: list[int] | None = None) -> torch.nn.Module:
@@ -73,22 +75,23 @@ def parallel(model: torch.nn.Module, device_ids: list[int] | None = None) -> tor
     and hangs where one process validates one batch more than another.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
-    return upstream.original("ddp")(
+    made: torch.nn.Module = upstream.original("ddp")(
         model, device_ids=None if on_cpu else device_ids, broadcast_buffers=False
     )
+    return made
 
 
 def count(distributed: bool) -> int:
     """How many processes train together."""
-    return which(distributed)[1]
+    return rank_and_count(distributed)[1]
 
 
-def which(distributed: bool) -> tuple[int, int]:
+def rank_and_count(distributed: bool) -> tuple[int, int]:
     """This process's number, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
 
-def any_of_us(asked: bool, device: Any, distributed: bool) -> bool:
+def in_any(asked: bool, device: torch.device, distributed: bool) -> bool:
     """Whether `asked` holds in any process; all must call this at the same step."""
     if not distributed:
         return asked
@@ -103,14 +106,14 @@ def wait_for_all(distributed: bool) -> None:
         dist.barrier()
 
 
-def share_frames(loader: Any, rank: int, distributed: bool) -> None:
+def share_frames(loader: Loader, rank: int, distributed: bool) -> None:
     """Give each process its part of a validation set.
 
     Whole batches of the order that one process would have, so that the loss is the same;
     mace-torch's sampler leaves out the frames that don't divide evenly.
     """
     if distributed:
-        loader.batch_sampler.sampler = Part(
+        loader.batch_sampler.sampler = ShareOfBatches(
             len(loader.dataset), loader.batch_size, rank, count(distributed)
         )
 
@@ -122,8 +125,8 @@ class _OfThisProcess(torch.nn.Module):
         super().__init__()
         self.loss_fn = loss_fn
 
-    def forward(self, ref: Any, pred: Any) -> torch.Tensor:
-        return self.loss_fn(ref=ref, pred=pred, ddp=False)
+    def forward(self, ref: Batch, pred: Tensors) -> torch.Tensor:
+        return cast(torch.Tensor, self.loss_fn(ref=ref, pred=pred, ddp=False))
 
 
 def validation_metrics(loss_fn: torch.nn.Module) -> torch.nn.Module:
@@ -135,9 +138,9 @@ def validation_metrics(loss_fn: torch.nn.Module) -> torch.nn.Module:
     for numbers that nobody reads; here batches are only added.
     """
     several = dist.is_available() and dist.is_initialized()
-    metrics = upstream.original("metrics")(_OfThisProcess(loss_fn) if several else loss_fn)
-    metrics.forward = lambda *batch: (metrics.update(*batch), None)
-    return metrics
+    made = upstream.original("metrics")(_OfThisProcess(loss_fn) if several else loss_fn)
+    made.forward = lambda *batch: (made.update(*batch), None)
+    return cast(torch.nn.Module, made)
 
 
 def is_first() -> bool:

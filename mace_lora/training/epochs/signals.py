@@ -38,7 +38,7 @@ class StopRequest:
             self._waits = False
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[StopRequest]:
+    def receiving(self) -> Iterator[StopRequest]:
         """Take the signals, in the main thread; what was there before is restored."""
         if threading.current_thread() is not threading.main_thread():
             yield self

@@ -3,53 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 
-# Steps whose losses may lie on the device, unseen
-MOST_UNSEEN = 50
+from mace_lora.upstream.types import Logger, Metrics
+
+# Losses that may wait on the device
+MOST_WAITING = 50
 
 
 class StepLog:
     """Stands in the place of mace-torch's logger: the same lines in the same order.
 
-    A loss that is a tensor is not looked at until many have come together, or something else is
-    logged, or `look` is called: then all are fetched at once.
+    A loss that is a tensor is not fetched until many have come together, or something else is
+    logged, or `flush` is called: then all are fetched at once.
 
     Args:
         logger: mace-torch's.
-        judge: called with each loss that was looked at later, and with where in the run it was (the
+        judge: called with each loss that is fetched later, and with where in the run it was (the
             entry "where" of its metrics); may raise.
     """
 
-    def __init__(self, logger: Any, judge: Callable[[float, Any], None]) -> None:
+    def __init__(
+        self, logger: Logger, judge: Callable[[float, tuple[int, int, list[int]]], None]
+    ) -> None:
         self._logger = logger
         self._judge = judge
-        self._unseen: list[dict[str, Any]] = []
+        self._waiting: list[Metrics] = []
 
     @property
     def path(self) -> str:
         """Of the file that is written."""
         return self._logger.path
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: Metrics) -> None:
         """One line."""
         if not torch.is_tensor(metrics.get("loss")):
-            self.look()
+            self.flush()
             self._logger.log(metrics)
             return
-        self._unseen.append(metrics)
-        if len(self._unseen) >= MOST_UNSEEN:
-            self.look()
+        self._waiting.append(metrics)
+        if len(self._waiting) >= MOST_WAITING:
+            self.flush()
 
-    def look(self) -> None:
-        """Fetch, judge and write what has not been seen yet."""
-        unseen, self._unseen = self._unseen, []
-        if not unseen:
+    def flush(self) -> None:
+        """Fetch, judge and write what waits."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
             return
-        losses = torch.stack([m["loss"] for m in unseen]).cpu().numpy()
-        for metrics, loss in zip(unseen, losses, strict=True):
-            self._judge(float(loss), metrics.pop("where"))
+        losses = torch.stack([cast(torch.Tensor, m["loss"]) for m in waiting]).cpu().numpy()
+        for metrics, loss in zip(waiting, losses, strict=True):
+            where = cast(tuple[int, int, list[int]], metrics.pop("where"))
+            self._judge(float(loss), where)
             self._logger.log({**metrics, "loss": np.asarray(loss)})

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import cast
 
 import torch
 
 from mace_lora.config import RunOptions
 from mace_lora.model.injection import adapters
+from mace_lora.upstream.types import Number
 
-Step = Callable[..., tuple[Any, dict[str, Any]]]
+# mace-torch's `take_step`, or one like it: the loss, and what is logged of the step
+Step = Callable[..., tuple[Number, dict[str, Number]]]
 
 
 class Steps:
@@ -46,12 +49,19 @@ class Steps:
         """Whether the optimiser has yet to move after the last batch: no moment to stop at."""
         return (self.batches % self.steps_per_epoch) % self.options.accumulate != 0
 
-    def take(self, step: Step, **keywords: Any) -> tuple[Any, dict[str, Any]]:
-        """One batch: `step` is mace-torch's `take_step`, and these are its arguments."""
-        with self._warm(keywords["optimizer"]), self._dropout(keywords["model"]):
+    def take(
+        self,
+        step: Step,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **others: object,
+    ) -> tuple[Number, dict[str, Number]]:
+        """One batch: `step` is mace-torch's `take_step`, and the others are its arguments."""
+        with self._warm(optimizer), self._dropout(model):
             if self.options.accumulate == 1:
-                return step(**keywords)
-            return self._accumulate(step, keywords)
+                return step(model=model, optimizer=optimizer, **others)
+            return self._accumulate(partial(step, model=model), optimizer, others)
 
     # ------------------------------------------------------------------ warm-up
 
@@ -88,22 +98,20 @@ class Steps:
 
     # ------------------------------------------------------------------ accumulation
 
-    def _accumulate(self, step: Step, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _accumulate(
+        self, step: Step, optimizer: torch.optim.Optimizer, others: dict[str, object]
+    ) -> tuple[Number, dict[str, Number]]:
         """Gradients of several batches before the optimiser moves, as of one large batch."""
         place = self.batches % self.steps_per_epoch
         self.batches += 1
         first = place - place % self.options.accumulate
         size = min(self.options.accumulate, self.steps_per_epoch - first)
         last = place - first == size - 1
-        loss_fn = keywords["loss_fn"]
-        keywords = {
-            **keywords,
-            "loss_fn": lambda pred, ref: loss_fn(pred=pred, ref=ref) / size,
-            "optimizer": _Held(keywords["optimizer"], place == first, last),
-        }
+        loss_fn = cast(Callable[..., torch.Tensor], others["loss_fn"])
+        others = {**others, "loss_fn": lambda pred, ref: loss_fn(pred=pred, ref=ref) / size}
         if not last:  # clipping and averages belong to the whole step
-            keywords |= {"max_grad_norm": None, "ema": None}
-        loss, metrics = step(**keywords)
+            others |= {"max_grad_norm": None, "ema": None}
+        loss, metrics = step(optimizer=_Held(optimizer, place == first, last), **others)
         return loss * size, {**metrics, "loss": metrics["loss"] * size}
 
 
@@ -116,9 +124,9 @@ class _Held:
     first: bool
     last: bool
 
-    def zero_grad(self, *positional: Any, **keywords: Any) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         if self.first:
-            self.optimiser.zero_grad(*positional, **keywords)
+            self.optimiser.zero_grad(set_to_none)
 
     def step(self) -> None:
         if self.last:

@@ -10,68 +10,97 @@ In the checkpoints folder, `<tag>` being mace-torch's `<name>_run-<seed>`:
 - `<tag>_epoch-N_adapter/`: the adapter after each epoch with `--save_all_checkpoints`, after each
   improvement with `--keep_checkpoints`.
 
-`loop` is everywhere the `loop.Loop` whose state is written or restored.
-
 All are written whole or not at all. mace-torch's checkpoints hold the whole model, are written in
 place after the old one was removed, and don't know where in the run they were written.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import random
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypedDict, cast
 
-import numpy as np
 import torch
 
 from mace_lora.errors import CheckpointError
 from mace_lora.files import whole_file
 from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
-from mace_lora.training.files import identity, writing
+from mace_lora.training.files import identity, random_states, writing
+from mace_lora.training.files.random_states import RandomStates
+from mace_lora.training.record import Progress, Run
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import Average, Tensors
+
+if TYPE_CHECKING:
+    from mace_lora.training.epochs.loop import Loop
 
 FORMAT = 2
 # Stages by whether mace-torch asks for the second one
 _STAGES = {False: "stage_one", True: "stage_two"}
 
 
+class Best(TypedDict):
+    """The best weights of a stage."""
+
+    epoch: int
+    loss: float
+    adapter: Tensors
+
+
+class EmaState(TypedDict):
+    """Of an exponential moving average."""
+
+    num_updates: int | None
+    shadow: list[torch.Tensor]
+
+
+class State(TypedDict):
+    """The content of a checkpoint."""
+
+    format: int
+    run: identity.Identity
+    progress: dict[str, object]
+    adapter: Tensors
+    optimizer: dict[str, object]
+    scheduler: dict[str, object]
+    stage_two_scheduler: dict[str, object] | None
+    ema: EmaState | None
+    random: RandomStates
+    order: torch.Tensor
+    best: dict[str, Best]
+    history: list[tuple[int | None, str, dict[str, float]]]
+    results_size: int
+
+
+class HoldsModel(Protocol):
+    """mace-torch's CheckpointState."""
+
+    model: torch.nn.Module
+
+
 class Checkpoints:
     """What stands in the place of mace-torch's CheckpointHandler.
 
     Args:
-        args: the run's flags.
-        run: says who the run is, see `identity.of_run`.
-        write_adapter: writes an adapter directory: (folder, factors by name).
-        history: validation errors so far; stored and restored.
+        run: the record.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        run: Callable[[], dict[str, Any]],
-        write_adapter: Callable[[Path, dict[str, torch.Tensor]], None],
-        history: list[Any],
-    ) -> None:
-        self.args = args
+    def __init__(self, run: Run) -> None:
+        self._record = run
+        self.args = run.asked.args
         self.stage_two = False  # which stage is in the model, once training is over
-        self._run = run
-        self._write_adapter = write_adapter
-        self._history = history
-        self._best: dict[str, dict[str, Any]] = {}
-        self._folder, self._tag = Path(args.checkpoints_dir or "."), ""
+        self._best: dict[str, Best] = {}
+        self._folder, self._tag = Path(self.args.checkpoints_dir or "."), ""
         self._ours = False  # whether the file called latest is of this very run
         self._trained = False
         self.last_written = ""
 
-    def open(self, directory: str, tag: str, **_: Any) -> Checkpoints:
+    def open(self, directory: str, tag: str, **_: object) -> Checkpoints:
         """In the place of the constructor of mace-torch's CheckpointHandler."""
         self._folder, self._tag = Path(directory), tag
         return self
@@ -86,8 +115,9 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ writing
 
-    def write(self, loop: Any) -> None:
-        """
+    def write(self, loop: Loop) -> None:
+        """Write the state of the loop.
+
         Raises:
             CheckpointError: disk full, no permission, ...; older checkpoints are as they were.
         """
@@ -118,11 +148,11 @@ class Checkpoints:
             "was touched. Make room or mend the folder, then continue with --restart_latest"
         )
 
-    def _identity(self, loop: Any) -> dict[str, Any]:
-        return {**self._run(), "data": identity.of_data(loop)}
+    def _identity(self, loop: Loop) -> identity.Identity:
+        return identity.of_run(self._record, loop.train_loader, loop.distributed)
 
-    def _state(self, loop: Any) -> dict[str, Any]:
-        ema, swa = loop.ema, loop.swa
+    def _state(self, loop: Loop) -> State:
+        swa = loop.swa
         results = Path(loop.logger.path)
         return {
             "format": FORMAT,
@@ -132,17 +162,15 @@ class Checkpoints:
             "optimizer": loop.optimizer.state_dict(),
             "scheduler": _plain(loop.scheduler.state_dict()),
             "stage_two_scheduler": None if swa is None else _plain(swa.scheduler.state_dict()),
-            "ema": None
-            if ema is None
-            else {"num_updates": ema.num_updates, "shadow": ema.shadow_params},
-            "random": _random_states(),
+            "ema": None if loop.ema is None else _ema_state(loop.ema),
+            "random": random_states.now(),
             "order": loop.order.state if loop.at.steps else loop.order.now(),
             "best": self._best,
-            "history": list(self._history),
+            "history": list(loop.history.rows),
             "results_size": results.stat().st_size if results.exists() else 0,
         }
 
-    def keep(self, loop: Any, best: bool) -> None:
+    def keep(self, loop: Loop, best: bool) -> None:
         """Note the weights of an epoch (averaged, where there is EMA), the best for the end.
 
         Raises:
@@ -159,24 +187,25 @@ class Checkpoints:
             }
             stage = "_stagetwo" if stage_two else ""
             folders.append(self._folder / f"{self._tag}{stage}_best_adapter")
-        if loop.keep_all or self.args.keep_checkpoints:
+        if self.args.save_all_checkpoints or self.args.keep_checkpoints:
             folders.append(self._folder / f"{self._tag}_epoch-{epoch}_adapter")
         for folder in folders:
             try:
-                self._write_adapter(folder, own)
+                started = self._record.started
+                artefact.write(folder, self._record.asked.config, own, started.base, started.start)
             except Exception as error:  # safetensors has an error class of its own for a full disk
                 raise self._not_written(folder, error) from error
 
     # ------------------------------------------------------------------ reading
 
-    def restore(self, loop: Any) -> bool:
+    def restore(self, loop: Loop) -> bool:
         """Put the state of the latest checkpoint into `loop`; False where there is none to take.
 
         Raises:
             CheckpointError: no checkpoint can be read, or it belongs to another run.
         """
         if loop.rank == 0:
-            self._sweep()
+            self._remove_half_files()
         if not self.args.restart_latest:
             if self.latest.exists():
                 logging.warning(
@@ -189,40 +218,41 @@ class Checkpoints:
             logging.info(f"No checkpoint {self.latest}: starting from the beginning")
             return False
         here = self._identity(loop)
-        differing = identity.apart(state["run"], here, state["progress"])
+        differing = identity.differences(state["run"], here, _progress(state))
         if differing:
             raise CheckpointError(
                 f"checkpoint {path} was written by another run: {'; '.join(differing)}. "
                 "Give the flags of that run, or another --name, or remove the file"
             )
         try:
-            self._put(loop, state)
+            self._restore_state(loop, state)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} does not fit this run: {error}") from error
-        identity.say_what_is_new(state["run"], here)
+        identity.log_changed_flags(state["run"], here)
         at = loop.at
         self._ours = path == self.latest
         self.last_written = f"epoch {at.epoch}, step {at.steps}"
         logging.info(f"Continuing from {path} at epoch {at.epoch}, step {at.steps}")
         return True
 
-    def _sweep(self) -> None:
+    def _remove_half_files(self) -> None:
         """Remove the halves of files that a killed run of this name left (see `files`)."""
         for half in self._folder.glob(f".{self._tag}_*.??*"):
             shutil.rmtree(half) if half.is_dir() else half.unlink(missing_ok=True)
 
-    def _read(self) -> tuple[Path, dict[str, Any] | None]:
+    def _read(self) -> tuple[Path, State | None]:
         failed: list[str] = []
         for path in (self.latest, self.previous):
             if not path.exists():
                 continue
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state: State = torch.load(path, map_location="cpu", weights_only=True)
                 if state["format"] not in (1, FORMAT):
                     raise ValueError(f"it is of format {state['format']!r}, not {FORMAT}")
                 if state["format"] == 1:  # factors had other names
-                    for holder in (state, *state["best"].values()):
-                        holder["adapter"] = artefact.current_names(holder["adapter"])
+                    state["adapter"] = artefact.current_names(state["adapter"])
+                    for best in state["best"].values():
+                        best["adapter"] = artefact.current_names(best["adapter"])
             except Exception as error:  # whatever a damaged file makes torch raise
                 failed.append(f"{path} can't be read ({_short(error)})")
                 continue
@@ -245,7 +275,7 @@ class Checkpoints:
             )
         return self.latest, None
 
-    def _put(self, loop: Any, state: dict[str, Any]) -> None:
+    def _restore_state(self, loop: Loop, state: State) -> None:
         _copy(adapter_parameters(loop.model), state["adapter"])
         fresh = [dict(group) for group in loop.optimizer.param_groups]
         loop.optimizer.load_state_dict(state["optimizer"])
@@ -253,19 +283,16 @@ class Checkpoints:
         if loop.swa is not None and state["stage_two_scheduler"] is not None:
             loop.swa.scheduler.load_state_dict(state["stage_two_scheduler"])
         if loop.ema is not None:
-            known = {"decay": loop.ema.decay, "collected_params": None}
-            shadow = {"shadow_params": state["ema"]["shadow"]}
-            numbers = {"num_updates": state["ema"]["num_updates"]}
-            loop.ema.load_state_dict({**known, **shadow, **numbers})
-        identity.apply_new_rates(loop, fresh, state["run"]["free"], self.args)
-        for name, value in state["progress"].items():
-            setattr(loop.at, name, value)
+            _restore_ema(loop.ema, state["ema"])
+        old_lr = cast(float, state["run"]["free"]["lr"])
+        identity.apply_new_rates(loop.optimizer, loop.scheduler, fresh, old_lr, self.args.lr)
+        vars(loop.at).update(vars(_progress(state)))
         loop.order.restore(state["order"])
         self._best = state["best"]
-        self._history[:] = [tuple(row) for row in state["history"]]
+        loop.history.rows[:] = [(epoch, head, errors) for epoch, head, errors in state["history"]]
         if loop.rank == 0:
-            _cut(Path(loop.logger.path), state["results_size"])
-        _restore_random_states(state["random"])
+            _truncate(Path(loop.logger.path), state["results_size"])
+        random_states.restore(state["random"])
 
     # ------------------------------------------------------------------ the end of a run
 
@@ -273,7 +300,7 @@ class Checkpoints:
         """From now on `load_latest` gives the best weights."""
         self._trained = True
 
-    def load_latest(self, state: Any, swa: bool | None = False, **_: Any) -> int | None:
+    def load_latest(self, state: HoldsModel, swa: bool | None = False, **_: object) -> int | None:
         """mace-torch calls this before training, for a restart, and after it, for the result.
 
         Before training nothing is loaded here: optimiser, EMA and loader don't exist yet; see
@@ -295,13 +322,13 @@ class Checkpoints:
         _copy(adapter_parameters(state.model), best["adapter"])
         return int(best["epoch"])
 
-    def save(self, *_: Any, **__: Any) -> None:
+    def save(self, *_: object, **__: object) -> None:
         """mace-torch's own loop would call this; `loop` writes by `write` and `keep`."""
         raise AssertionError("mace-torch's training loop runs in the place of ours")
 
 
 @torch.no_grad()
-def _copy(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+def _copy(parameters: Mapping[str, torch.nn.Parameter], values: Tensors) -> None:
     if set(parameters) != set(values):
         raise ValueError(f"adapters {sorted(set(parameters) ^ set(values))[:3]} are in one only")
     for name, parameter in parameters.items():
@@ -311,34 +338,35 @@ def _copy(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Ten
         parameter.copy_(values[name])
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
+def _progress(state: State) -> Progress:
+    known = {f.name for f in fields(Progress)}
+    stored = {name: value for name, value in state["progress"].items() if name in known}
+    return Progress(**stored)  # type: ignore[arg-type]  # written from one
+
+
+def _ema_state(ema: Average) -> EmaState:
+    return {"num_updates": ema.num_updates, "shadow": ema.shadow_params}
+
+
+def _restore_ema(ema: Average, state: EmaState | None) -> None:
+    if state is None:
+        raise ValueError("it has no average of weights, and --ema asks for one")
+    ema.load_state_dict(
+        {
+            "decay": ema.decay,
+            "num_updates": state["num_updates"],
+            "shadow_params": state["shadow"],
+            "collected_params": None,
+        }
+    )
+
+
+def _plain(state: Mapping[str, object]) -> dict[str, object]:
     """Without functions, which older schedulers keep in their state."""
     return {key: value for key, value in state.items() if not callable(value)}
 
 
-def _random_states() -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-
-
-def _cut(results: Path, size: int) -> None:
+def _truncate(results: Path, size: int) -> None:
     """Take lines away that were written after the checkpoint: they are about to come again."""
     if results.exists() and results.stat().st_size > size:
         os.truncate(results, size)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 
-from mace_lora.config import AdapterConfig
 from mace_lora.training.epochs import processes
+from mace_lora.training.record import Progress, Run
+from mace_lora.upstream.types import Loader, Scheduler
 
 # Flags that the stored states of optimiser, schedulers, EMA and data order were made with
 _FIXED = (
@@ -49,55 +49,73 @@ _FREE = (
 _SAME_ENERGY = 1e-6
 
 
-def of_run(
-    config: AdapterConfig, base: dict[str, Any], start: dict[str, Any], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Who a run is, as plain values.
+class Start(TypedDict):
+    """Of the model that a run started from, as `describe` gives it."""
+
+    fingerprint: str
+    atomic_energies: list[list[float]] | None
+    heads: list[str]
+
+
+class Identity(TypedDict):
+    """Who a run is, as plain values."""
+
+    method: str
+    options: dict[str, object]
+    base: dict[str, object]
+    start: Start
+    fixed: dict[str, object]
+    stage_two: dict[str, object]
+    free: dict[str, object]
+    data: dict[str, object]
+
+
+def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
+    """Who a run is, with the flags as they stand when training begins.
 
     Args:
-        config: the adapter.
-        base: the foundation model, as `models.describe` and `fingerprint` give it.
-        start: the same for the model that the adapters were attached to.
-        args: the flags as they stand when training begins.
+        run: the record, which has come to `started`.
+        loader: of the training set.
+        distributed: whether several processes train together.
     """
+    args, config, options = run.asked.args, run.asked.config, run.asked.options
+    base, start = run.started.base, run.started.start
+    # What the order of the frames depends on. One process may be continued by two with half the
+    # batch size: the global batches are the same.
+    data = {
+        "training frames": len(loader.dataset),
+        "frames per step (batch_size times processes)": loader.batch_size
+        * processes.count(distributed),
+        "--accumulate": options.accumulate,
+        "--warmup_steps": options.warmup_steps,
+    }
     return {
         "method": config.method,
         "options": config.options.to_json(),
         "base": {key: base.get(key) for key in ("name", "fingerprint")},
-        "start": {key: start.get(key) for key in ("fingerprint", "atomic_energies", "heads")},
+        "start": cast(Start, {key: start.get(key) for key in Start.__annotations__}),
         "fixed": {key: _plain(getattr(args, key, None)) for key in _FIXED},
         "stage_two": {key: _plain(getattr(args, key, None)) for key in _STAGE_TWO},
         "free": {key: _plain(getattr(args, key, None)) for key in _FREE},
+        "data": {**data},
     }
 
 
-def of_data(loop: Any) -> dict[str, int]:
-    """What the order of the frames depends on. One process may be continued by two with half the
-    batch size: the global batches are the same."""
-    per_step = loop.train_loader.batch_size * processes.count(loop.distributed)
-    return {
-        "training frames": len(loop.train_loader.dataset),
-        "frames per step (batch_size times processes)": per_step,
-        "--accumulate": loop.taken.options.accumulate,
-        "--warmup_steps": loop.taken.options.warmup_steps,
-    }
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
-def apart(there: dict[str, Any], here: dict[str, Any], progress: dict[str, Any]) -> list[str]:
-    """What keeps a checkpoint's run and this one apart, a text each; nothing if they fit.
+def differences(there: Identity, here: Identity, progress: Progress) -> list[str]:
+    """What a checkpoint's run and this one differ in, so that it can't go on; a text each.
 
     Args:
-        there, here: as `of_run` gives them, with `of_data` under "data".
+        there, here: who they are.
         progress: of the checkpoint.
     """
     if there["method"] != here["method"]:
         return [f"--adapter={there['method']} there, --adapter={here['method']} here"]
     method = here["method"]
-    found = _differences(there["options"], here["options"], prefix=f"--{method}_")
+    found = _changes(there["options"], here["options"], prefix=f"--{method}_")
     bases = there["base"], here["base"]
     if bases[0]["fingerprint"] != bases[1]["fingerprint"]:
         one, other = (f"{b['name']} (fingerprint {str(b['fingerprint'])[:12]})" for b in bases)
@@ -105,19 +123,19 @@ def apart(there: dict[str, Any], here: dict[str, Any], progress: dict[str, Any])
     elif there["start"]["fingerprint"] != here["start"]["fingerprint"]:
         found.append("the same foundation model, cut to other elements or heads of the data")
     elif not _same_energies(there["start"], here["start"]):
-        one, other = (s["start"]["atomic_energies"] for s in (there, here))
-        found.append(f"E0s {one} there, {other} here")
-    found += _differences(there["data"], here["data"], prefix="")
-    found += _differences(there["fixed"], here["fixed"], prefix="--")
-    start = here["stage_two"]["start_swa"] if here["stage_two"]["swa"] else math.inf
-    if progress["stage_two"]:
-        found += _differences(there["stage_two"], here["stage_two"], prefix="--")
-    elif start < progress["epoch"] or (start == progress["epoch"] and progress["steps"]):
-        found.append(f"epoch {progress['epoch']} in stage one there, --start_swa={start} here")
+        tables = (s["start"]["atomic_energies"] for s in (there, here))
+        found.append("E0s {} there, {} here".format(*tables))
+    found += _changes(there["data"], here["data"], prefix="")
+    found += _changes(there["fixed"], here["fixed"], prefix="--")
+    start = cast(float, here["stage_two"]["start_swa"]) if here["stage_two"]["swa"] else math.inf
+    if progress.stage_two:
+        found += _changes(there["stage_two"], here["stage_two"], prefix="--")
+    elif start < progress.epoch or (start == progress.epoch and progress.steps):
+        found.append(f"epoch {progress.epoch} in stage one there, --start_swa={start} here")
     return found
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str) -> list[str]:
+def _changes(there: dict[str, object], here: dict[str, object], prefix: str) -> list[str]:
     keys = dict.fromkeys([*there, *here])
     return [
         f"{prefix}{key}={there.get(key)} there, {prefix}{key}={here.get(key)} here"
@@ -126,42 +144,51 @@ def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str) -> li
     ]
 
 
-def _same_energies(there: dict[str, Any], here: dict[str, Any]) -> bool:
-    tables = [start["atomic_energies"] for start in (there, here)]
-    if None in tables:
+def _same_energies(there: Start, here: Start) -> bool:
+    tables = there["atomic_energies"], here["atomic_energies"]
+    if tables[0] is None or tables[1] is None:
         return tables[0] is tables[1]
-    one, other = ([e for row in table for e in row] for table in tables)
+    one, other = ([e for row in table for e in row] for table in tables if table)
     return len(one) == len(other) and all(
         math.isclose(a, b, rel_tol=_SAME_ENERGY, abs_tol=_SAME_ENERGY)
         for a, b in zip(one, other, strict=True)
     )
 
 
-def say_what_is_new(there: dict[str, Any], here: dict[str, Any]) -> None:
+def log_changed_flags(there: Identity, here: Identity) -> None:
     """Log flags that were changed on the way; they hold from now on."""
-    for text in _differences(there["free"], here["free"], prefix="--"):
+    for text in _changes(there["free"], here["free"], prefix="--"):
         logging.warning(f"Changed since the checkpoint, and followed from now on: {text}")
 
 
 def apply_new_rates(
-    loop: Any, fresh: list[dict[str, Any]], there: dict[str, Any], args: argparse.Namespace
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler,
+    fresh: list[dict[str, object]],
+    old_lr: float,
+    lr: float,
 ) -> None:
     """The stored optimiser brings its old learning rate and weight decay along: put in new ones.
 
     A schedule goes on from where it was, scaled by the ratio of the learning rates.
+
+    Args:
+        optimizer, scheduler: with their stored states.
+        fresh: the parameter groups of the optimiser as this run has made them.
+        old_lr, lr: `--lr` there and here.
     """
-    for group, new in zip(loop.optimizer.param_groups, fresh, strict=True):
+    for group, new in zip(optimizer.param_groups, fresh, strict=True):
         if "weight_decay" in new:
             group["weight_decay"] = new["weight_decay"]
         for key, value in new.items():  # "swa_lr", where stage two is new
             group.setdefault(key, value)
-    if there["lr"] == args.lr or isinstance(loop.optimizer, torch.optim.LBFGS):
+    if old_lr == lr or isinstance(optimizer, torch.optim.LBFGS):
         return
-    ratio = args.lr / there["lr"]
-    for group in loop.optimizer.param_groups:
+    ratio = lr / old_lr
+    for group in optimizer.param_groups:
         for key in ("lr", "initial_lr"):
             if key in group:
                 group[key] *= ratio
-    schedule = loop.scheduler.lr_scheduler
+    schedule = scheduler.lr_scheduler
     if hasattr(schedule, "base_lrs"):
         schedule.base_lrs = [rate * ratio for rate in schedule.base_lrs]

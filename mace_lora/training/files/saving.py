@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from mace_lora.adapters.registry import get_method
-from mace_lora.config import AdapterConfig
 from mace_lora.errors import WriteError
 from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.model.merging import merge, put_gates, take_gates
-from mace_lora.training.files import identity, writing
+from mace_lora.training.files import writing
 from mace_lora.training.files.checkpoints import Checkpoints
-from mace_lora.upstream import cueq, gated, predicting
+from mace_lora.training.record import Run, Saved
+from mace_lora.upstream import gated, predicting
 from mace_lora.upstream import names as upstream
 
 # Frames on which a merge is proved
@@ -27,66 +26,37 @@ PROOF_FRAMES = 8
 
 
 class Saving:
-    """Our functions for what upstream writes.
+    """Our functions for what mace-torch writes at the end.
 
     Args:
-        args: the parsed flags, as upstream takes them.
-        config: the adapter.
-        valid_sets: gives the validation data sets, on whose frames a merge is proved.
-        history: the rows of the validation errors so far, kept in checkpoints.
+        run: the record; it comes to `saved` here.
+        checkpoints: knows which stage is being saved.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        config: AdapterConfig,
-        valid_sets: Callable[[], list[Any]],
-        history: list[Any],
-    ) -> None:
-        self.args = args
-        self.config = config
-        self.valid_sets = valid_sets
-        self.base: dict[str, Any] = {}  # as `describe` gives it: the foundation model
-        self.start: dict[str, Any] = {}  # and the model that the run started from
-        self.merged: torch.nn.Module | None = None  # the last model that was saved
-        self.lost: WriteError | None = None  # what upstream went on without
-        self.checkpoints = Checkpoints(
-            args,
-            run=lambda: identity.of_run(config, self.base, self.start, args),
-            write_adapter=self._write_adapter,
-            history=history,
-        )
-
-    def substitutes(self) -> dict[str, Any]:
-        """Our functions by key of `upstream.NAMES`."""
-        return {
-            "merge": self.merge,
-            "from_cueq": self.convert_back(cueq.convert_back),
-            "from_oeq": self.convert_back(upstream.original("from_oeq")),
-            "jit": self.jit(),
-            "extract_config": self.extract_config,
-            "checkpoints": self.checkpoints.open,
-            "save": writing.save_whole,
-            "jit_save": self.jit_save,
-        }
+    def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
+        self.run = run
+        self.args, self.config = run.asked.args, run.asked.config
+        self.checkpoints = checkpoints
 
     def merge(self, model: torch.nn.Module) -> None:
-        """Merge in place (upstream ignores what is returned), proved; save the adapter too."""
+        """Merge in place (mace-torch ignores what is returned), proved; save the adapter too."""
         if self.args.enable_cueq or self.args.enable_oeq:
-            return  # upstream merges one copy and converts another: see `convert_back`
+            return  # mace-torch merges one copy and converts another: see `convert_back`
         self._save_adapter(model)
-        self._fold(model)
+        self._merge(model)
 
-    def convert_back(self, convert: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
-        """Upstream converts the unmerged model back, and so saves a model without adapters."""
+    def convert_back(
+        self, convert: Callable[..., torch.nn.Module]
+    ) -> Callable[..., torch.nn.Module]:
+        """mace-torch converts the unmerged model back, and so saves a model without adapters."""
 
-        def merge_and_convert(model: torch.nn.Module, device: Any) -> torch.nn.Module:
+        def merge_and_convert(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
             self._save_adapter(model)
-            return self._fold(model, lambda merged: convert(merged, device=device))
+            return self._merge(model, lambda merged: convert(merged, device=device))
 
         return merge_and_convert
 
-    def _fold(
+    def _merge(
         self,
         model: torch.nn.Module,
         convert: Callable[[torch.nn.Module], torch.nn.Module] = lambda merged: merged,
@@ -96,7 +66,8 @@ class Saving:
         Raises:
             MergeMismatch: it doesn't.
         """
-        batches = [b for s in self.valid_sets() for b in predicting.batch_of(s, PROOF_FRAMES)]
+        sets = self.run.trained.valid_sets.values()
+        batches = [b for s in sets for b in predicting.batch_of(s, PROOF_FRAMES)]
         before = predicting.predict(model, batches)
         gates = take_gates(merge(model, keep_gates=True))
         merged = convert(model)  # with gates, upstream would not know its layers
@@ -112,7 +83,8 @@ class Saving:
         n_frames = sum(b.num_graphs for b in batches)
         text = predicting.differences_text(found)
         logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
-        self.merged = merged
+        lost = self.run.saved.lost if Run.saved.is_reached(self.run) else None  # stage one
+        self.run.saved = Saved(merged, lost)
         return merged
 
     def adapter_folder(self) -> Path:
@@ -122,61 +94,61 @@ class Saving:
 
     def _save_adapter(self, model: torch.nn.Module) -> None:
         folder = self.adapter_folder()
-        with writing.explained(folder):
-            self._write_adapter(folder, adapter_parameters(model))
+        started = self.run.started
+        with writing.write_errors(folder):
+            factors = adapter_parameters(model)
+            artefact.write(folder, self.config, factors, started.base, started.start)
         logging.info(f"Saved the adapter alone to {folder}")
 
-    def _write_adapter(self, folder: Path, factors: dict[str, torch.Tensor]) -> None:
-        artefact.write(folder, self.config, factors, self.base, self.start)
-
-    def what_was_left(self) -> dict[str, str]:
-        """The files to take away, and what each is."""
-        folder, name = Path(self.args.model_dir), self.args.name
-        plain = get_method(self.config.method).mergeable
-        model = "merged, a plain MACE model" if plain else "with gates: loading it needs mace_lora"
-        compiled = "the same as TorchScript, for LAMMPS"
-        files = {
-            f"{name}{stage}{kind}": meaning
-            for stage in ("", "_stagetwo")
-            for kind, meaning in (
-                (".model", model),
-                ("_compiled.model", compiled if plain else f"{compiled}; needs mace-torch alone"),
-                ("_adapter", "the adapter alone"),
-            )
-        }
-        files[f"{name}_learning_curve.png"] = "validation errors by epoch"
-        files[f"{name}_parity.png"] = "predictions against labels"
-        files[f"{name}_report.html"] = "all of this on a page, to be read in a browser or sent"
-        return {
-            str(folder / file): meaning
-            for file, meaning in files.items()
-            if (folder / file).exists()
-        }
-
-    def jit_save(self, m: Any, f: Any, *rest: Any, **keywords: Any) -> None:
-        """Upstream swallows every error here; it is kept for the end of the run."""
+    def jit_save(self, m: object, f: writing.File, *rest: object, **keywords: object) -> None:
+        """mace-torch swallows every error here; it is kept for the end of the run."""
         try:
             writing.jit_save_whole(m, f, *rest, **keywords)
         except WriteError as error:
-            self.lost = error
+            self.run.saved = replace(self.run.saved, lost=error)
             raise
 
-    @staticmethod
-    def extract_config(model: torch.nn.Module) -> dict[str, Any]:
-        """Upstream reads E0s, scale and shift of the unmerged model, where they can be trained."""
-        with torch.no_grad():
-            return upstream.original("extract_config")(model)
 
-    @staticmethod
-    def jit() -> SimpleNamespace:
-        """Upstream swallows every error of the TorchScript compilation; here it is said."""
-        real = upstream.original("jit")
+def extract_config(model: torch.nn.Module) -> dict[str, object]:
+    """mace-torch reads E0s, scale and shift of the unmerged model, where they can be trained."""
+    with torch.no_grad():
+        found: dict[str, object] = upstream.original("extract_config")(model)
+    return found
 
-        def compile(*positional: Any, **keywords: Any) -> Any:
-            try:
-                return real.compile(*positional, **keywords)
-            except Exception as error:
-                logging.warning(f"no _compiled.model: TorchScript refuses this model: {error}")
-                raise
 
-        return SimpleNamespace(compile=compile)
+def jit() -> SimpleNamespace:
+    """mace-torch swallows every error of the TorchScript compilation; here it is logged."""
+    original = upstream.original("jit").compile
+
+    def compile(model: torch.nn.Module) -> torch.jit.ScriptModule:
+        try:
+            compiled: torch.jit.ScriptModule = original(model)
+        except Exception as error:
+            logging.warning(f"no _compiled.model: TorchScript refuses this model: {error}")
+            raise
+        return compiled
+
+    return SimpleNamespace(compile=compile)
+
+
+def files_left(run: Run) -> dict[str, str]:
+    """The files of a run to take away, and what each is."""
+    folder, name = Path(run.asked.args.model_dir), run.asked.args.name
+    plain = get_method(run.asked.config.method).mergeable
+    model = "merged, a plain MACE model" if plain else "with gates: loading it needs mace_lora"
+    compiled = "the same as TorchScript, for LAMMPS"
+    files = {
+        f"{name}{stage}{kind}": meaning
+        for stage in ("", "_stagetwo")
+        for kind, meaning in (
+            (".model", model),
+            ("_compiled.model", compiled if plain else f"{compiled}; needs mace-torch alone"),
+            ("_adapter", "the adapter alone"),
+        )
+    }
+    files[f"{name}_learning_curve.png"] = "validation errors by epoch"
+    files[f"{name}_parity.png"] = "predictions against labels"
+    files[f"{name}_report.html"] = "all of this on a page, to be read in a browser or sent"
+    return {
+        str(folder / file): meaning for file, meaning in files.items() if (folder / file).exists()
+    }

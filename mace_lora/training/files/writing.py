@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -14,6 +14,7 @@ from mace_lora.errors import MaceLoraError, WriteError
 from mace_lora.files import whole_file
 from mace_lora.upstream import names as upstream
 
+File = str | Path | IO[bytes]
 # What the world outside can do to a file: full, over quota, over the size limit, no permission
 _OUTSIDE = {
     errno.ENOSPC,
@@ -38,8 +39,9 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def explained(path: str | Path | None = None) -> Iterator[None]:
-    """
+def write_errors(path: str | Path | None = None) -> Iterator[None]:
+    """Errors of writing come out of this block as WriteError, in words.
+
     Args:
         path: what is written in this block, and nothing else is done; None: OSErrors alone are
             explained, as far as they come from the file system.
@@ -58,19 +60,21 @@ def explained(path: str | Path | None = None) -> Iterator[None]:
         raise WriteError(f"{name} can't be written: {reason(error)}. {_REMEDY}") from error
 
 
-def save_whole(obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+def save_whole(obj: object, f: File, *rest: object, **keywords: object) -> None:
     """`torch.save`, but a file that is named is written whole or not at all."""
     _whole(upstream.original("save"), obj, f, *rest, **keywords)
 
 
-def jit_save_whole(m: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+def jit_save_whole(m: object, f: File, *rest: object, **keywords: object) -> None:
     """`torch.jit.save`, but a file that is named is written whole or not at all."""
     _whole(upstream.original("jit_save"), m, f, *rest, **keywords)
 
 
-def _whole(save: Any, obj: Any, f: Any, *rest: Any, **keywords: Any) -> None:
+def _whole(
+    save: Callable[..., None], obj: object, f: File, *rest: object, **keywords: object
+) -> None:
     if not isinstance(f, (str, Path)):
         save(obj, f, *rest, **keywords)
         return
-    with explained(f), whole_file(f) as temporary:
+    with write_errors(f), whole_file(f) as temporary:
         save(obj, str(temporary), *rest, **keywords)

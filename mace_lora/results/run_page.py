@@ -1,4 +1,4 @@
-"""What a run leaves for people: a parity picture, and a page with all that a colleague asks."""
+"""The page of a run: results, pictures, data, adapter, files, settings, for a colleague."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from ase.data import chemical_symbols
@@ -22,6 +21,7 @@ from mace_lora.results.evaluation import (
     UNITS,
     Errors,
     Frames,
+    Values,
     errors,
     frames_of,
     predict,
@@ -30,22 +30,24 @@ from mace_lora.results.evaluation import (
 from mace_lora.results.page import Page
 from mace_lora.results.pictures import parity
 from mace_lora.results.progress import History
-from mace_lora.upstream import names as upstream
-from mace_lora.upstream import predicting
+from mace_lora.upstream import known, predicting
+from mace_lora.upstream.types import Dataset
 
+# Frames with what each model, by name, predicts for them
+Sets = list[tuple[Frames, dict[str, Values]]]
 # More frames than this of one set are not predicted again for the page
 MOST_FRAMES = 500
 
 
 def write(
     args: argparse.Namespace,
-    given: dict[str, Any],
+    given: dict[str, object],
     n_training: int,
     config: AdapterConfig,
     injected: InjectionReport,
     history: History,
     model: torch.nn.Module,
-    valid_sets: dict[str, Any],
+    valid_sets: dict[str, Dataset],
     files: Callable[[], dict[str, str]],
 ) -> Path:
     """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
@@ -89,7 +91,7 @@ def _versions() -> str:
 
 
 def _labelled(
-    args: argparse.Namespace, model: torch.nn.Module, valid_sets: dict[str, Any]
+    args: argparse.Namespace, model: torch.nn.Module, valid_sets: dict[str, Dataset]
 ) -> list[tuple[str, Frames]]:
     """Validation and test frames, some of them where there are many, each with its head."""
     found = []
@@ -105,9 +107,7 @@ def _labelled(
     return found
 
 
-def _results(
-    page: Page, args: argparse.Namespace, history: History, sets: list[Any], name: str
-) -> None:
+def _results(page: Page, args: argparse.Namespace, history: History, sets: Sets, name: str) -> None:
     page.section("Results")
     changes = [
         [*([head] if len(history.heads()) > 1 else []), f"{label}, {unit}", *_two(before, best)]
@@ -143,16 +143,16 @@ def _cells(row: Errors) -> list[str]:
 
 
 def _data(
-    page: Page, args: argparse.Namespace, n_training: int, model: torch.nn.Module, sets: list[Any]
+    page: Page, args: argparse.Namespace, n_training: int, model: torch.nn.Module, sets: Sets
 ) -> None:
     page.section("Data")
-    elements = ", ".join(chemical_symbols[int(z)] for z in model.atomic_numbers)
     facts = {"training": f"{args.train_file} ({n_training} frames)"}
     facts["validation"] = args.valid_file or f"{args.valid_fraction:g} of the training file"
     if args.test_file:
         facts["test"] = args.test_file
-    facts |= {"elements": elements, "heads": ", ".join(getattr(model, "heads", ["Default"]))}
     description = describe(model)
+    facts["elements"] = ", ".join(chemical_symbols[z] for z in description["atomic_numbers"])
+    facts["heads"] = ", ".join(description["heads"])
     for head, row in zip(description["heads"], description["atomic_energies"] or [], strict=False):
         pairs = zip(description["atomic_numbers"], row, strict=True)
         facts[f"E0s (eV), {head}"] = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in pairs)
@@ -198,10 +198,10 @@ def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
     )
 
 
-def _settings(page: Page, given: dict[str, Any]) -> None:
+def _settings(page: Page, given: dict[str, object]) -> None:
     page.section("Settings")
     page.code(" ".join(map(shlex.quote, ["mace_run_train", *sys.argv[1:]])))
-    parser = upstream.module("mace.tools.arg_parser").build_default_arg_parser()
+    parser = known.build_parser()
     page.facts(
         {key: value for key, value in sorted(given.items()) if value != parser.get_default(key)}
     )

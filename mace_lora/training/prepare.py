@@ -1,0 +1,103 @@
+"""Before a run: flags, files and the foundation model are checked, before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import torch
+
+from mace_lora.config import RunOptions
+from mace_lora.errors import ConfigError
+from mace_lora.frames import stored
+from mace_lora.training import checks
+from mace_lora.training.arguments import check_files
+from mace_lora.training.epochs import processes
+from mace_lora.upstream import loading, rebuilding
+from mace_lora.upstream import names as upstream
+
+# Models that mace-torch builds from a foundation model
+_FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
+
+
+def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | None:
+    """Check what can be checked before anything is written, and load the foundation model.
+
+    Args:
+        args: mace-torch's flags; some of them are set.
+        options: of the run, beside mace-torch's own.
+
+    Returns:
+        The model, or None where mace-torch loads it by its name.
+
+    Raises:
+        MaceLoraError: whatever is wrong with flags, files or the model.
+    """
+    if args.lbfgs and options.accumulate > 1:
+        raise ConfigError("--lbfgs takes all batches in one step: leave out --accumulate")
+    if args.foundation_model is None:
+        raise ConfigError(
+            "an adapter changes a foundation model: name one with --foundation_model "
+            "(mini, medium_off, ..., or a .model file)"
+        )
+    _refuse_contradictions(args)
+    checks.numbers(args)
+    checks.heads(args)
+    checks.optional_packages(args)
+    if args.wandb:
+        upstream.check("wandb")
+    processes.set_launcher(args)
+    check_files(args)
+    stored.check_flags(args)
+    foundation = None
+    if loading.is_ours(
+        args.foundation_model
+    ):  # else mace-torch loads it: see `remember_foundation`
+        dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
+        foundation = loading.load(args.foundation_model, _device(args), dtype)
+        rebuilding.check_rebuildable(foundation, args)
+    checks.folders_writable(args)
+    checks.known_elements(args, foundation)
+    if args.E0s is None and args.heads is None and args.statistics_file is None:
+        args.E0s = "estimated"
+    if args.only_cueq:
+        logging.info(
+            "--only_cueq: mace-torch heeds it without a foundation model only; "
+            "training with --enable_cueq=True"
+        )
+        args.enable_cueq, args.only_cueq = True, False
+    args.lora = True  # mace-torch's switch for calling `inject_LoRAs` and `merge_lora_weights`
+    return foundation
+
+
+def _device(args: argparse.Namespace) -> str:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch finds no CUDA device; use --device=cpu")
+    return str(args.device)
+
+
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.freeze:
+        raise ConfigError(
+            f"--freeze={args.freeze} and an adapter contradict each other: an adapter freezes all "
+            "of the base model; choose the layers that it changes with its targets instead"
+        )
+    if args.model not in _FROM_FOUNDATION:
+        raise ConfigError(
+            f"--model={args.model}: mace-torch starts such a model from random numbers, whatever "
+            "--foundation_model says, and an adapter freezes them so; leave --model out"
+        )
+    if not args.name or "/" in args.name:
+        raise ConfigError(
+            f"--name={args.name}: files are called by it, so it can't be empty or hold a /; for "
+            "another folder give --work_dir"
+        )
+    if args.loss == "dipole":
+        raise ConfigError(
+            "--loss=dipole is for models of dipoles alone, which can't be adapted by this command"
+        )
+    if not args.foundation_filter_elements:
+        raise ConfigError(
+            "--foundation_filter_elements=False starts the readouts from random numbers, and an "
+            "adapter freezes them so; leave one of the two out"
+        )

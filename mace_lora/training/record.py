@@ -1,0 +1,179 @@
+"""What is known of a run, stage by stage.
+
+mace-torch's script calls our functions in a fixed order. Each stage is written by one of them, and
+those that come later read it: see `run` for the order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast, overload
+
+import torch
+
+from mace_lora.config import AdapterConfig, RunOptions
+from mace_lora.errors import WriteError
+from mace_lora.model.description import Description, atomic_numbers
+from mace_lora.model.report import InjectionReport
+from mace_lora.results.progress import History
+from mace_lora.upstream.types import Dataset
+
+T = TypeVar("T")
+
+
+class StageNotReached(AssertionError):
+    """A fault of the program: something of a run is read before it is known."""
+
+
+class Stage(Generic[T]):
+    """An attribute that has no value before its stage is over."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, run: None, owner: type) -> Stage[T]: ...
+
+    @overload
+    def __get__(self, run: Run, owner: type) -> T: ...
+
+    def __get__(self, run: Run | None, owner: type) -> Stage[T] | T:
+        if run is None:
+            return self
+        if not self.is_reached(run):
+            known = ", ".join(vars(run))
+            raise StageNotReached(f"this run has not come to {self._name!r}; it knows {known}")
+        return cast(T, vars(run)[self._name])
+
+    def __set__(self, run: Run, value: T) -> None:
+        vars(run)[self._name] = value
+
+    def is_reached(self, run: Run) -> bool:
+        """Whether the stage is over."""
+        return self._name in vars(run)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for.
+
+    Attributes:
+        args: mace-torch's flags; its script fills some in on the way.
+        config: the adapter.
+        options: of the run, beside mace-torch's own.
+        given: the flags as they were before the script began.
+    """
+
+    args: argparse.Namespace
+    config: AdapterConfig
+    options: RunOptions
+    given: dict[str, object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "given", dict(vars(self.args)))
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """The foundation model as it was loaded, with all its heads and elements."""
+
+    model: torch.nn.Module
+
+    def elements(self) -> set[int]:
+        """Its atomic numbers."""
+        return set(atomic_numbers(self.model))
+
+
+@dataclass(frozen=True)
+class Started:
+    """The models that the run started from, as `describe` gives them, with their fingerprints.
+
+    Attributes:
+        base: the foundation model, with its name and the head taken from it.
+        start: the model with the elements, E0s and heads of this run, before the adapter.
+    """
+
+    base: Description
+    start: Description
+
+
+@dataclass(frozen=True)
+class Injected:
+    """The adapter is in the model."""
+
+    report: InjectionReport
+
+
+@dataclass
+class Progress:
+    """Where a run stands: plain numbers, stored in each checkpoint.
+
+    Attributes:
+        epoch: the epoch that is being trained.
+        steps: batches of it that are done; 0 until the first one is.
+        valid_loss: of the last validation.
+        initial_loss: the validation loss before any training.
+        lowest_loss: of this stage.
+        without_improvement: validations since then.
+        stage_two: whether stage two (`--swa`) has begun.
+        way: how the steps of this run are computed, see `speed`.
+    """
+
+    epoch: int = 0
+    steps: int = 0
+    valid_loss: float = math.inf
+    initial_loss: float = math.inf
+    lowest_loss: float = math.inf
+    without_improvement: int = 0
+    stage_two: bool = False
+    way: str = ""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The epochs have begun; history and progress grow until they are over.
+
+    Attributes:
+        n_frames: in the training set.
+        valid_sets: validation data sets by head.
+        history: validation errors by epoch; empty but in the first process.
+        at: where the run stands.
+    """
+
+    n_frames: int
+    valid_sets: dict[str, Dataset]
+    history: History = field(default_factory=History)
+    at: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The first process has merged the adapter; again after stage two (`--swa`).
+
+    Attributes:
+        model: what was saved.
+        lost: what could not be written, and the script went on without.
+    """
+
+    model: torch.nn.Module
+    lost: WriteError | None = None
+
+
+class Run:
+    """One run with an adapter.
+
+    Attributes:
+        files: that frames were read from, so far.
+    """
+
+    foundation = Stage[Foundation]()
+    started = Stage[Started]()
+    injected = Stage[Injected]()
+    trained = Stage[Trained]()
+    saved = Stage[Saved]()
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        self.files: list[str] = []

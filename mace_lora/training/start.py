@@ -1,0 +1,199 @@
+"""From the foundation model to the model that is trained: E0s put right, adapters attached."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from copy import deepcopy
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mace_lora.adapters.registry import get_method
+from mace_lora.errors import ArtefactError, FoundationModelError, MaceLoraError
+from mace_lora.frames.energies import AtomicEnergies
+from mace_lora.model import artefact
+from mace_lora.model.description import describe
+from mace_lora.model.fingerprint import fingerprint
+from mace_lora.model.injection import inject
+from mace_lora.training import checks
+from mace_lora.training.epochs import processes
+from mace_lora.training.epochs.order import FrameOrder
+from mace_lora.training.record import Foundation, Injected, Run, Started
+from mace_lora.upstream import cueq, predicting
+from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import ElementTable, Loader
+
+# Frames on which the energy offset at the start is measured
+OFFSET_FRAMES = 8
+# Fewer than this, in eV per atom, is nothing to speak of
+LARGE_OFFSET = 0.05
+
+LoadModel = Callable[..., torch.nn.Module]
+
+
+def remember_foundation(run: Run, load: Callable[..., object]) -> Callable[..., object]:
+    """mace-torch's loader `load` of a named model; what it loads is the foundation of the run."""
+
+    def loader(*positional: object, **keywords: object) -> object:
+        loaded = load(*positional, **keywords)
+        models: list[torch.nn.Module] = getattr(loaded, "models", [loaded])  # of a calculator
+        run.foundation = Foundation(models[0])
+        return loaded
+
+    return loader
+
+
+def estimate_e0s(foundation_model: torch.nn.Module, **keywords: object) -> dict[int, float]:
+    """mace-torch runs a float32 model on float64 frames, which TorchScript refuses."""
+    foundation_model.to(torch.get_default_dtype())
+    estimated: dict[int, float] = upstream.original("estimate_e0s")(
+        foundation_model=foundation_model, **keywords
+    )
+    return estimated
+
+
+def avg_num_neighbors(
+    heads: object, args: argparse.Namespace, train_loader: Loader, device: torch.device
+) -> float:
+    """The first use of the training batches, where mace-torch fails if there is none.
+
+    mace-torch draws an order of the frames for it: the same for any number of processes.
+    """
+    checks.enough_frames(train_loader, args)
+    FrameOrder.of(train_loader, *processes.rank_and_count(args.distributed))
+    found: float = upstream.original("avg_num_neighbors")(heads, args, train_loader, device)
+    return found
+
+
+def keep_converted(model: torch.nn.Module, device: object = None) -> torch.nn.Module:
+    """Conversion to other kernels came before the injection (see `Start.inject`)."""
+    del device
+    return model
+
+
+class Start:
+    """Our functions for the building of the model.
+
+    Args:
+        run: the record; it comes to `started` and to `injected` here.
+        energies: the E0s of the run.
+    """
+
+    def __init__(self, run: Run, energies: AtomicEnergies) -> None:
+        self.run = run
+        self.energies = energies
+
+    def configure_model(
+        self,
+        args: argparse.Namespace,
+        train_loader: Loader,
+        atomic_energies: npt.NDArray[np.float64] | None,
+        model_foundation: torch.nn.Module,
+        heads: list[str],
+        z_table: ElementTable,
+        head_configs: object,
+    ) -> tuple[torch.nn.Module, dict[str, bool]]:
+        """mace-torch's model; mends E0s that it overwrites, and speaks of energy offsets.
+
+        With the same elements in the run as in the foundation model, mace-torch 0.3.16 copies the
+        foundation's E0s over those that were asked for (a state-dict copy by equal shape).
+        """
+        energies = self.energies.of_elements(atomic_energies, list(z_table.zs))
+        original = upstream.original("configure_model")
+        try:
+            model, outputs = original(
+                args, train_loader, energies, model_foundation, heads, z_table, head_configs
+            )
+        except MaceLoraError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise FoundationModelError(
+                f"--foundation_model={args.foundation_model}: mace-torch can't start a fine-tuning "
+                f"from this model: {type(error).__name__}: {error}"
+            ) from error
+        base = {
+            "name": str(args.foundation_model),
+            "head": args.foundation_head,
+            **describe(model_foundation),
+            "fingerprint": fingerprint(model_foundation),
+        }
+        _restore_e0s(model, energies)
+        start = {**describe(model), "fingerprint": fingerprint(model)}
+        self.run.started = Started(base, start)
+        _log_energy_offset(args, model, train_loader)
+        return model, outputs
+
+    def inject(self, model: torch.nn.Module, rank: int = 0, alpha: float = 0) -> torch.nn.Module:
+        """mace-torch injects first and converts to other kernels after: that drops the adapters."""
+        del rank, alpha  # they stand in the configuration
+        args, config = self.run.asked.args, self.run.asked.config
+        if args.enable_cueq or args.enable_oeq:
+            key = "to_cueq" if args.enable_cueq else "to_oeq"
+            logging.info(f"Converting the model ({key}) before the adapters are attached")
+            convert: LoadModel = cueq.convert if args.enable_cueq else upstream.original("to_oeq")
+            with torch.random.fork_rng():  # so that the adapters start as without conversion
+                model = convert(deepcopy(model), device=args.device)
+        self.run.injected = Injected(inject(model, config))
+        if self.run.asked.options.adapter_start:
+            self._take_factors(model, self.run.asked.options.adapter_start)
+        banner = get_method(config.method).banner(config.options)
+        if banner:
+            logging.info(banner)
+        options = ", ".join(f"{k}={v}" for k, v in config.options.to_json().items())
+        logging.info(f"Adapter {config.method} ({options})\n{self.run.injected.report}")
+        return model
+
+    def _take_factors(self, model: torch.nn.Module, folder: str) -> None:
+        """Take the factors of an existing adapter instead of fresh ones."""
+        content = artefact.read(folder)
+        if content.model["fingerprint"] != self.run.started.start["fingerprint"]:
+            raise ArtefactError(
+                f"--adapter_start={folder}: its run started from another model than this one "
+                "(another foundation model, other elements or other heads), so its factors mean "
+                "nothing here"
+            )
+        artefact.load_factors(model, content.tensors)
+        logging.info(f"The adapter starts as {folder} has it; its E0s are those of this run")
+
+
+def _restore_e0s(model: torch.nn.Module, energies: npt.NDArray[np.float64] | None) -> None:
+    block = getattr(model, "atomic_energies_fn", None)
+    if energies is None or block is None:
+        return
+    asked = torch.as_tensor(energies, dtype=block.atomic_energies.dtype)
+    asked = asked.reshape(block.atomic_energies.shape).to(block.atomic_energies.device)
+    if not torch.allclose(asked, block.atomic_energies, rtol=1e-6, atol=1e-6):
+        logging.info(
+            "mace-torch had replaced the E0s of this run by the foundation model's; "
+            "restored those that were asked for"
+        )
+    block.atomic_energies = asked
+
+
+def _log_energy_offset(
+    args: argparse.Namespace, model: torch.nn.Module, train_loader: Loader
+) -> None:
+    batches = predicting.batch_of(train_loader.dataset, OFFSET_FRAMES)
+    if not batches or getattr(batches[0], "energy", None) is None:
+        return
+    predicted = predicting.predict(model.to(args.device), batches).get("energy")
+    if predicted is None:
+        return
+    atoms = (batches[0].ptr[1:] - batches[0].ptr[:-1]).to(predicted)
+    offset = ((predicted - batches[0].energy.to(predicted)) / atoms).mean().item()
+    logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
+    if abs(offset) > LARGE_OFFSET:
+        source = f"--E0s={args.E0s}" if args.statistics_file is None else args.statistics_file
+        advice = (
+            "are the labels of all frames (of each head) of one kind, in eV?"
+            if args.E0s == "estimated"
+            else "use --E0s=estimated (with .xyz files), which fits the E0s to what the "
+            "foundation model leaves over"
+        )
+        logging.warning(
+            f"{source} starts {offset:+.2f} eV per atom away from the labels, and a "
+            f"low-rank adapter hardly moves such an offset: {advice}"
+        )

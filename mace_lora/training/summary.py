@@ -1,0 +1,53 @@
+"""The end of a run: the last lines of its log, and the page."""
+
+from __future__ import annotations
+
+import logging
+
+from mace_lora.results import run_page
+from mace_lora.training.files.saving import files_left
+from mace_lora.training.record import Run
+
+
+def write(run: Run) -> None:
+    """Log the errors before and after and the files to take away; write the page.
+
+    Raises:
+        WriteError: a file that mace-torch goes on without could not be written.
+    """
+    if Run.trained.is_reached(run) and run.trained.history:
+        _log_errors(run)
+    if Run.saved.is_reached(run):
+        _write_page(run)
+    for file, meaning in files_left(run).items():
+        logging.info(f"  {file}: {meaning}")
+    if Run.saved.is_reached(run) and run.saved.lost is not None:
+        raise run.saved.lost
+
+
+def _log_errors(run: Run) -> None:
+    history = run.trained.history
+    errors = history.summary().replace("Å", "A")  # the log may be ASCII
+    logging.info(f"Validation, before -> after: {errors}")
+    if not history.has_learnt():
+        logging.warning(
+            "The validation loss never fell below that of the foundation model: train "
+            f"longer, or try another --lr (it was {run.asked.args.lr})"
+        )
+
+
+def _write_page(run: Run) -> None:
+    try:
+        run_page.write(
+            run.asked.args,
+            run.asked.given,
+            run.trained.n_frames,
+            run.asked.config,
+            run.injected.report,
+            run.trained.history,
+            run.saved.model,
+            run.trained.valid_sets,
+            lambda: files_left(run),
+        )
+    except Exception as error:  # the models are saved, and a page is no reason to fail
+        logging.warning(f"no report: {type(error).__name__}: {error}")

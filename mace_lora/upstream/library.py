@@ -1,0 +1,118 @@
+"""mace-torch as a library: its functions by ours, typed; all are rows of `substitutions`.
+
+Those that are substituted during a run are looked up at each call, so that ours are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mace_lora.upstream import names
+from mace_lora.upstream.types import Batch, Dataset, ElementTable, Graph, Loader, Metrics
+
+if TYPE_CHECKING:
+    from mace.calculators import MACECalculator
+
+
+def run(args: argparse.Namespace) -> None:
+    """mace-torch's training script."""
+    names.original("run")(args)
+
+
+def train_one_epoch(**arguments: object) -> None:
+    """All steps of an epoch; the arguments are those of mace-torch's function."""
+    names.original("train_one_epoch")(**arguments)
+
+
+def evaluate(**arguments: object) -> tuple[float, Metrics]:
+    """Loss and errors of a data set; the arguments are those of mace-torch's function."""
+    found: tuple[float, Metrics] = names.current("evaluate")(**arguments)
+    return found
+
+
+def log_validation(*arguments: object) -> None:
+    """The line of a validation; the arguments are those of mace-torch's `valid_err_log`."""
+    names.original("log_validation")(*arguments)
+
+
+def log_to_wandb(seen: Mapping[str, object]) -> None:
+    """A line of Weights & Biases."""
+    names.original("wandb_log")(seen)
+
+
+def describe_to_wandb(settings: Mapping[str, object]) -> None:
+    """Settings of the run for Weights & Biases, beside mace-torch's own."""
+    names.original("wandb_config").update(settings)
+
+
+def take_slurms_environment() -> None:
+    """Set torch's variables (RANK and the others) from those of SLURM."""
+    names.original("slurm")()
+
+
+def elements(numbers: Iterable[int]) -> ElementTable:
+    """mace-torch's table of these elements."""
+    table: ElementTable = names.original("elements")(list(numbers))
+    return table
+
+
+def batch(graphs: Sequence[Graph]) -> Batch:
+    """Several graphs as one."""
+    made: Batch = names.original("batch")(graphs)
+    return made
+
+
+def loader(dataset: Sequence[Graph], batch_size: int) -> Loader:
+    """Batches of a data set in its order."""
+    made: Loader = names.original("loader")(
+        dataset, batch_size=batch_size, shuffle=False, generator=torch.Generator().manual_seed(0)
+    )
+    return made
+
+
+def hdf5(path: str, **settings: object) -> Dataset:
+    """The data set of an HDF5 file; the settings are those of mace-torch's `HDF5Dataset`."""
+    made: Dataset = names.original("hdf5")(path, **settings)
+    return made
+
+
+def reads_with_ase(path: str) -> bool:
+    """Whether mace-torch reads this file by ASE, not frame by frame as HDF5 and LMDB.
+
+    Raises:
+        RuntimeError: a folder without HDF5 or LMDB files.
+    """
+    return bool(names.original("reads_with_ase")(path))
+
+
+def neighbours(
+    positions: npt.NDArray[np.float64],
+    cutoff: float,
+    pbc: tuple[bool, bool, bool],
+    cell: npt.NDArray[np.float64] | None,
+) -> npt.NDArray[np.int64]:
+    """Pairs of atoms within `cutoff` (A), periodic images included: shape (2, n_pairs)."""
+    pairs: npt.NDArray[np.int64] = names.original("neighbours")(positions, cutoff, pbc, cell)[0]
+    return pairs
+
+
+def architecture(model: torch.nn.Module) -> dict[str, object]:
+    """The arguments that a model of mace-torch's was made with; "error" for a class unknown to it.
+
+    Its E0s, scale and shift may be trained: no gradients are asked for.
+    """
+    with torch.no_grad():
+        found: dict[str, object] = names.original("architecture")(model)
+    return found
+
+
+def calculator(models: Sequence[torch.nn.Module], **settings: object) -> MACECalculator:
+    """mace-torch's calculator for ASE."""
+    made: Callable[..., MACECalculator] = names.original("calculator")
+    return made(models=list(models), **settings)
