@@ -31,7 +31,7 @@ from reproduction.protocol import architecture
 from reproduction.runs import seconds_per_step, trainable
 
 from mace_lora import load_foundation
-from mace_lora.adapters.low_rank import INITS
+from mace_lora.adapters.options import INITS
 from mace_lora.adapters.registry import METHODS
 from mace_lora.upstream.predicting import frames_to_batch, predict
 

@@ -62,7 +62,7 @@ ELSEWHERE = {
 # Inline words that name a command and don't give one.
 NAMES = {
     *("mace_lora train", "python -m mace_lora train", "mace_run_train --distributed"),
-    "mace_lora info",
+    *("mace_lora info", "mace_lora completion", "mace_run_train --help"),
     *("scripts/reproduce.sh rmd17", "scripts/reproduce.sh --help"),
 }
 PROGRAMS = r"(?:mace_run_train|mace_create|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"
