@@ -118,7 +118,8 @@ def known_flags() -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_flags_in_the_prose_exist(page):
     named = {f for c in code(page) for f in re.findall(r"(?<!\S)--[a-z]\w*", c)}
-    assert named <= known_flags()
+    example = {flag for flag in named if flag.startswith("--gains_")}  # of "Add a method"
+    assert named - example <= known_flags()
 
 
 def test_configurations_are_listed():
