@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mace_lora import cli
+from mace_lora import AdapterConfig, cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +21,8 @@ def test_configurations_are_understood(path):
     content = yaml.safe_load(path.read_text())
     adapter = content.pop("adapter", None) or ("lora" if content.pop("lora", False) else None)
     assert (config.method if config else None) == adapter
+    if preset := content.pop("lora_preset", None):
+        assert config == AdapterConfig.create("lora", preset=preset)
     assert {key: getattr(args, key) for key in content} == content
 
 
