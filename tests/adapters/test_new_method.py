@@ -24,7 +24,7 @@ def _registered(tmp_path, monkeypatch):
     """The code of the page as a module of the folder, and its line in the registry."""
     section = README.read_text(encoding="utf-8").split("## Add a method")[1].split("\n## ")[0]
     [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    [line] = re.findall(r'`"gains": (\(.*?\))` in `registry.py`', section)
+    [line] = re.findall(r'`"gains": (\(.*?\))` to `registry.py`', section)
     (tmp_path / "gains.py").write_text(code, encoding="utf-8")
     name = "mace_lora.adapters.gains"
     spec = importlib.util.spec_from_file_location(name, tmp_path / "gains.py")
