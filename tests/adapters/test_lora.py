@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from mace_lora import AdapterConfig, inject, inject_lora, save_adapter
 from mace_lora.adapters.lora import Lora
-from mace_lora.adapters.low_rank import INITS
-from mace_lora.adapters.options import LoraOptions
+from mace_lora.adapters.options import INITS, LoraOptions
 from mace_lora.errors import ConfigError
 from mace_lora.model.injection import adapters
 from mace_lora.model.layers import find_sites
