@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import ase.io
 import numpy as np
 from ase.data import chemical_symbols
 
 from mace_lora.errors import DataError
-from mace_lora.upstream import library
+from mace_lora.frames import labels
+from mace_lora.frames.overlaps import SAME_SPOT, first_overlap, is_alone
+from mace_lora.frames.reading import read_atoms
+from mace_lora.upstream import graphs
+from mace_lora.upstream.graphs import Configuration, periodic_in
 
-# Losses that are about a label beside energy and forces
-_LABEL_OF_LOSS = ("stress", "virials")
-_SHAPES = {
-    "energy": ((), (1,)),
-    "stress": ((3, 3), (6,), (9,)),
-    "virials": ((3, 3), (6,), (9,)),
-    "dipole": ((3,), (1, 3)),
+# What the losses of mace-torch need, where that is not energy and forces
+_NEEDED = {
+    "forces_only": ("forces",),
+    "stress": ("energy", "forces", "stress"),
+    "virials": ("energy", "forces", "virials"),
+    "energy_forces_dipole": ("energy", "forces", "dipole"),
+    "dipole": (),
+    "dipole_polar": (),
 }
-# Atoms nearer than this, in A, are the same atom twice
-_SAME_SPOT = 0.1
+# So many frames at once are searched for atoms on one spot
+_TOGETHER = 512
 
 
 class Frames(Protocol):
@@ -31,9 +36,9 @@ class Frames(Protocol):
 
     path: str
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def __iter__(self) -> Iterator[Configuration]: ...
 
-    def place(self, number: int, frame: Any) -> str:
+    def place(self, number: int) -> str:
         """Where the frame stands in the file, the `number`-th that was given out."""
 
     def called(self, label: str) -> str:
@@ -42,124 +47,178 @@ class Frames(Protocol):
     def remedy(self, label: str) -> str:
         """What to say after "has no <label>" where no frame has it."""
 
+    def may_hold(self, label: str) -> bool:
+        """Whether the file has something that could be the label under another name."""
 
-class XyzFrames:
-    """Frames that ASE has read.
 
-    Args:
-        path: the file.
-        frames: those of it that mace-torch trains on or tests with.
-        keys: the name of each label in the file.
+@dataclass
+class Rules:
+    """What frames are checked against.
+
+    Attributes:
+        known: who knows elements, for messages, and their atomic numbers; None to take all.
+        needed: the labels that are trained on.
+        welcome: those that are trained on where there are some.
+        cutoff: of the model, A.
+        padded: the model divides by the volume of mace-torch's padded cells, see `graphs`.
     """
 
-    def __init__(self, path: str, frames: list[Any], keys: dict[str, str]) -> None:
-        self.path, self._frames, self._keys = path, frames, keys
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._frames)
-
-    def place(self, number: int, frame: Any) -> str:
-        """0-based, as in ase.io.read(path, index); mace-torch has left some out, so look again."""
-        del number
-        return next(iter(_places(self.path, [frame.positions])), "?")
-
-    def called(self, label: str) -> str:
-        return f"{label} (key {self._keys.get(label, label)!r})"
-
-    def remedy(self, label: str) -> str:
-        return (
-            f"under the key {self._keys.get(label, label)!r}; its keys are "
-            f"{_keys_in_file(self.path)}; name the right one with --{label}_key"
-        )
+    known: tuple[str, set[int]] | None
+    needed: Sequence[str]
+    cutoff: float
+    welcome: Sequence[str] = ()
+    padded: bool = False
 
 
-def check(
-    file: Frames,
-    args: argparse.Namespace,
-    known: tuple[str, set[int]] | None = None,
-    labels: bool = True,
-) -> None:
+@dataclass
+class _Seen:
+    """What is noticed of the frames of a file: how many there are, and where the first is."""
+
+    count: int = 0
+    first: int = -1
+
+    def add(self, number: int) -> None:
+        self.first = number if not self.count else self.first
+        self.count += 1
+
+
+@dataclass
+class _Notes:
+    frames: int = 0
+    lone: _Seen = field(default_factory=_Seen)
+    placeholders: _Seen = field(default_factory=_Seen)
+    without: dict[str, _Seen] = field(default_factory=dict)
+
+
+def counted(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The labels to which the loss of a run gives a weight: those it needs, those it may lack."""
+    needed = _NEEDED.get(str(args.loss), ("energy", "forces"))
+    welcome = ("stress",) if args.loss in ("huber", "universal") else ()
+    return tuple(  # type: ignore[return-value]
+        [label for label in names if getattr(args, f"{label}_weight")]
+        for names in (needed, welcome)
+    )
+
+
+def check(file: Frames, rules: Rules) -> dict[str, str]:
     """Check the frames of one file; the message of an error names file and frame.
 
     Args:
         file: is gone through once.
-        args: the run's flags (loss and its weights).
-        known: who knows elements, for messages, and their atomic numbers.
-        labels: whether labels are needed; not where the foundation model gives them.
+        rules: what must hold.
+
+    Returns:
+        The needed labels that no frame has, with a sentence that says so. There is nothing in the
+        file that could be one of them, so that it may lack them for good reason.
 
     Raises:
-        DataError: no frames; labels missing, of a wrong shape or not finite; unknown elements;
-            positions or cell not finite; two atoms on one spot; stress without a cell.
+        DataError: no frames; a label that no frame has, though something in the file could be it;
+            labels of a wrong shape or not finite; unknown elements; positions or cell not finite;
+            two atoms on one spot; stress without a volume.
     """
-    without: dict[str, list[str]] = {label: [] for label in _needed(args, labels)}
-    lone: list[str] = []
-    count = 0
+    notes = _Notes(without={label: _Seen() for label in (*rules.needed, *rules.welcome)})
+    together: list[Configuration] = []
     for number, frame in enumerate(file):
-        count += 1
+        notes.frames += 1
         problem = (
-            _wrong_label(file, frame) or _wrong_geometry(frame) or _unknown_elements(frame, known)
+            _wrong_label(file, frame, rules) or _wrong_geometry(frame) or _unknown(frame, rules)
         )
         if problem:
-            raise DataError(f"{file.path}, frame {file.place(number, frame)}{problem}")
-        for label, places in without.items():
-            if frame.properties.get(label) is None:
-                places.append(file.place(number, frame) if not places else "")
-        if len(frame.atomic_numbers) == 1 and not _pairs(frame, float(args.r_max)).size:
-            lone.append(file.place(number, frame) if not lone else "")
-    if not count:
+            raise DataError(f"{file.path}, frame {file.place(number)}{problem}")
+        _note(notes, number, frame, rules)
+        together.append(frame)
+        if len(together) == _TOGETHER:
+            _refuse_overlaps(file, together, number + 1 - _TOGETHER)
+            together = []
+    _refuse_overlaps(file, together, notes.frames - len(together))
+    if not notes.frames:
         raise DataError(f"{file.path} holds no frames to train on or to test with")
-    for label, places in without.items():
-        _say_what_is_missing(file, label, places, count)
-    if lone:
+    return _say_what_was_noticed(file, notes, rules)
+
+
+def _refuse_overlaps(file: Frames, together: list[Configuration], first: int) -> None:
+    found = first_overlap(together)
+    if found is not None:
+        number, one, other = found
+        raise DataError(
+            f"{file.path}, frame {file.place(first + number)} has atoms {one} and {other} on one "
+            f"spot, less than {SAME_SPOT} Å apart"
+        )
+
+
+def _note(notes: _Notes, number: int, frame: Configuration, rules: Rules) -> None:
+    for label, seen in notes.without.items():
+        if frame.properties.get(label) is None:
+            seen.add(number)
+    if graphs.is_placeholder(frame):
+        notes.placeholders.add(number)
+    if is_alone(frame, rules.cutoff):
+        notes.lone.add(number)
+
+
+def _say_what_was_noticed(file: Frames, notes: _Notes, rules: Rules) -> dict[str, str]:
+    lacking = {}
+    for label, seen in notes.without.items():
+        if seen.count == notes.frames:
+            if label in rules.welcome:
+                continue
+            lacking[label] = f"{file.path} has no {label} {file.remedy(label)}"
+            if file.may_hold(label):
+                raise DataError(f"{lacking[label]}; or train without it: --{label}_weight=0")
+        if seen.count:
+            logging.warning(
+                f"{file.path}: {seen.count} of {notes.frames} frames have no {file.called(label)}, "
+                f"frame {file.place(seen.first)} the first: they are left out of the {label} part "
+                "of the loss"
+            )
+    if notes.placeholders.count:
         logging.warning(
-            f"{file.path}, frame {lone[0]} is an atom alone ({len(lone)} such frames): "
+            f"{file.path}: in {notes.placeholders.count} frames that are not periodic the stress "
+            f"is exactly 0, frame {file.place(notes.placeholders.first)} the first: taken for a "
+            "placeholder, and left out of the stress part of the loss"
+        )
+    if notes.lone.count:
+        logging.warning(
+            f"{file.path}, frame {file.place(notes.lone.first)} is an atom alone "
+            f"({notes.lone.count} such frames): "
             "without neighbours it has no forces, and its energy is its E0, whatever is trained; "
             "to have it taken for the E0 write config_type=IsolatedAtom into the frame"
         )
+    return lacking
 
 
-def _needed(args: argparse.Namespace, labels: bool) -> list[str]:
-    """The labels that must be there: those to which the loss gives a weight."""
-    dipole_only = getattr(args, "compute_dipole_only", False)
-    if not labels or dipole_only or "dipole" in str(args.loss):
-        return []
-    needed = ["energy", "forces", *(label for label in _LABEL_OF_LOSS if label == args.loss)]
-    return [label for label in needed if getattr(args, f"{label}_weight")]
-
-
-def _say_what_is_missing(file: Frames, label: str, places: list[str], count: int) -> None:
-    if len(places) == count:
-        raise DataError(f"{file.path} has no {label} {file.remedy(label)}")
-    if places:
-        logging.warning(
-            f"{file.path}: {len(places)} of {count} frames have no {file.called(label)}, frame "
-            f"{places[0]} the first: they are left out of the {label} part of the loss"
-        )
-
-
-def _keys_in_file(path: str) -> str:
-    atoms = ase.io.read(path, index=0)
-    calculated = list(atoms.calc.results) if atoms.calc is not None else []
-    own = [k for k in atoms.arrays if k not in ("numbers", "positions")]
-    return ", ".join(sorted({*atoms.info, *own, *calculated})) or "none"
-
-
-def _wrong_label(file: Frames, frame: Any) -> str | None:
-    shapes = {**_SHAPES, "forces": ((len(frame.atomic_numbers), 3),)}
+def _wrong_label(file: Frames, frame: Configuration, rules: Rules) -> str | None:
     for name, value in frame.properties.items():
         if value is None:
             continue
+        if name in labels.DEFAULT_KEYS:
+            try:
+                value = labels.in_shape(name, value, len(frame.atomic_numbers), file.called(name))
+            except DataError as error:
+                return f": {error}"
         if not _is_finite(value):
             return f": {file.called(name)} holds NaN or infinite values; mend or remove the frame"
-        if name in shapes and np.shape(value) not in shapes[name]:
-            expected = " or ".join(map(str, shapes[name]))
-            return f": {file.called(name)} of shape {np.shape(value)}, expected {expected}"
-        if name == "stress" and not _has_cell(frame):
-            return f": {file.called(name)} but no periodic cell: a stress belongs to a volume"
+    if frame.properties.get("stress") is not None and not graphs.is_placeholder(frame):
+        return _wrong_volume(file, frame, rules)
     return None
 
 
-def _wrong_geometry(frame: Any) -> str | None:
+def _wrong_volume(file: Frames, frame: Configuration, rules: Rules) -> str | None:
+    if not graphs.has_volume(frame.cell):
+        return (
+            f": {file.called('stress')} but no cell with a volume, which a stress belongs to: give "
+            "three lattice vectors, or remove the label"
+        )
+    if rules.padded and "stress" in (*rules.needed, *rules.welcome) and not all(periodic_in(frame)):
+        return (
+            f": {file.called('stress')} but periodic in {sum(periodic_in(frame))} directions: for "
+            "a model with long-range parts mace-torch divides by the volume of another cell; make "
+            "the frame periodic in three, or remove the label"
+        )
+    return None
+
+
+def _wrong_geometry(frame: Configuration) -> str | None:
     n = len(frame.atomic_numbers)
     if n == 0:
         return " holds no atoms"
@@ -169,37 +228,23 @@ def _wrong_geometry(frame: Any) -> str | None:
         return " has positions that are not finite"
     if frame.cell is not None and not _is_finite(frame.cell):
         return " has a cell that is not finite"
-    if any(_periodic(frame)) and not _has_cell(frame):
-        return f" is periodic (pbc {_periodic(frame)}) but its cell has no volume"
-    edges = _pairs(frame, _SAME_SPOT)
-    if edges.shape[1]:
-        one, other = edges[:, 0]
-        return f" has atoms {one} and {other} on one spot, less than {_SAME_SPOT} Å apart"
+    periodic = periodic_in(frame)
+    if not any(periodic):
+        return None
+    # mace-torch's own: long vectors along x, y, z where a frame is not periodic
+    vectors = np.zeros((3, 3)) if frame.cell is None else np.asarray(frame.cell, dtype=float)
+    if not graphs.has_volume(np.where(np.array(periodic)[:, None], vectors, np.eye(3))):
+        return (
+            f" is periodic (pbc {periodic}) but its cell has no volume, with unit vectors along x, "
+            "y, z in the directions that are not periodic"
+        )
     return None
 
 
-def _pairs(frame: Any, cutoff: float) -> np.ndarray:
-    """Atoms within `cutoff` (A) of each other, or of their periodic images: shape (2, n)."""
-    return library.neighbours(
-        np.array(frame.positions, dtype=float),
-        cutoff,
-        _periodic(frame),
-        np.array(frame.cell, dtype=float) if frame.cell is not None else None,
-    )
-
-
-def _periodic(frame: Any) -> tuple[bool, bool, bool]:
-    return (False,) * 3 if frame.pbc is None else tuple(bool(p) for p in frame.pbc)
-
-
-def _has_cell(frame: Any) -> bool:
-    return frame.cell is not None and abs(np.linalg.det(frame.cell)) > 1e-6
-
-
-def _unknown_elements(frame: Any, known: tuple[str, set[int]] | None) -> str | None:
-    if known is None:
+def _unknown(frame: Configuration, rules: Rules) -> str | None:
+    if rules.known is None:
         return None
-    who, numbers = known
+    who, numbers = rules.known
     unknown = sorted({int(z) for z in frame.atomic_numbers} - numbers)
     if not unknown:
         return None
@@ -219,18 +264,6 @@ def _is_finite(value: Any) -> bool:
         return True  # texts, such as the head
 
 
-def _places(path: str, wanted: list[np.ndarray]) -> list[str]:
-    found = []
-    for i, atoms in enumerate(ase.io.read(path, index=":")):
-        for positions in wanted:
-            if positions.shape == atoms.positions.shape and np.allclose(
-                atoms.positions, positions, rtol=0, atol=1e-5, equal_nan=True
-            ):
-                found.append(str(i))
-                break
-    return found
-
-
 def sources(paths: Iterable[str], data: list[Any]) -> str:
     """Where frames of a data set came from, as "train.xyz, frames 3, 7"; for messages.
 
@@ -245,3 +278,15 @@ def sources(paths: Iterable[str], data: list[Any]) -> str:
         if found:
             parts.append(f"{path}, frames {', '.join(found)}")
     return "; ".join(parts)
+
+
+def _places(path: str, wanted: list[np.ndarray[Any, Any]]) -> list[str]:
+    found = []
+    for i, atoms in enumerate(read_atoms(path)):
+        for positions in wanted:
+            if positions.shape == atoms.positions.shape and np.allclose(
+                atoms.positions, positions, rtol=0, atol=1e-5, equal_nan=True
+            ):
+                found.append(str(i))
+                break
+    return found

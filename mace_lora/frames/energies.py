@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from mace_lora.errors import ConfigError, DataError
 from mace_lora.frames.checks import symbols
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.graphs import Configuration
 
 
 @contextlib.contextmanager
@@ -29,6 +31,11 @@ def gaps_told() -> Iterator[None]:
         ) from error
 
 
+def with_energies(frames: Iterable[Configuration]) -> list[Configuration]:
+    """Those of `frames` that have one."""
+    return [frame for frame in frames if frame.properties.get("energy") is not None]
+
+
 class AtomicEnergies:
     """Our functions between `--E0s` and the model."""
 
@@ -43,8 +50,13 @@ class AtomicEnergies:
             ConfigError: no word, table or file of E0s, or an element of the run is not in it.
         """
         original = upstream.original("atomic_energies")
+        labelled = None if train_collection is None else with_energies(train_collection)
+        if str(E0s).lower() == "average" and not labelled:
+            raise ConfigError(
+                "--E0s=average: no training frame has an energy to average; give --E0s=foundation"
+            )
         try:
-            found = original(E0s, train_collection, z_table)
+            found = original(E0s, labelled, z_table)
             energies = {int(z): float(energy) for z, energy in found.items()}
         except Exception as error:  # of ast, json, the file system, a fit
             raise ConfigError(
@@ -58,6 +70,35 @@ class AtomicEnergies:
         if missing:
             raise ConfigError(f"--E0s={E0s} gives no energy for {symbols(missing)}")
         return energies
+
+    @staticmethod
+    def estimate(foundation_model: torch.nn.Module, **keywords: Any) -> dict[int, float]:
+        """Upstream runs a float32 foundation model on float64 frames, which TorchScript refuses."""
+        foundation_model.to(torch.get_default_dtype())
+        found = upstream.original("estimate_e0s")(foundation_model=foundation_model, **keywords)
+        return {int(z): float(energy) for z, energy in found.items()}
+
+    def estimated(
+        self, model: torch.nn.Module, frames: list[Configuration], table: Any, device: str
+    ) -> dict[int, float]:
+        """E0s with which a foundation model comes nearest to the energies of frames.
+
+        Args:
+            model: gives its own E0s, the first head's where it has several.
+            frames: those without an energy are left out.
+            table: the elements, as mace-torch's AtomicNumberTable.
+            device: on which to compute.
+        """
+        own = model.atomic_energies_fn.atomic_energies
+        own = own.reshape(-1, own.shape[-1])[0].tolist()
+        numbers = [int(z) for z in model.atomic_numbers]
+        return self.estimate(
+            model,
+            foundation_e0s=dict(zip(numbers, own, strict=True)),
+            collections_train=frames,
+            z_table=table,
+            device=device,
+        )
 
     def as_array(self, input_data: Any, heads: list[str]) -> np.ndarray:
         """Upstream's `dict_to_array`; remembers which elements the columns are."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ase
 import ase.io
+import numpy as np
 
 from mace_lora.errors import DataError
 from mace_lora.frames import labels
@@ -15,8 +16,10 @@ from mace_lora.upstream import graphs
 from mace_lora.upstream.graphs import Configuration
 
 ISOLATED = "IsolatedAtom"
-# Properties of a frame that no loss counts and that are handed on as they are
 _HEAD = "head"
+# Numbers that ASE and mace-torch know, and that are no labels
+_NO_LABELS = {"momenta", "initial_magmoms", "initial_charges", "masses", "tags", "charge", "spin"}
+_NO_LABELS |= {"total_charge", "total_spin", "elec_temp", "config_type", "head"}
 
 
 def read_atoms(path: str | Path, most: int | None = None) -> list[ase.Atoms]:
@@ -109,7 +112,7 @@ class XyzFrames:
         return iter(self._configurations)
 
     def place(self, number: int) -> str:
-        """Where the `number`-th of these frames stands: 0-based, as in ase.io.read(path, index)."""
+        """0-based, as in ase.io.read(path, index)."""
         return str(self._numbers[number])
 
     def called(self, label: str) -> str:
@@ -121,6 +124,9 @@ class XyzFrames:
             f"{', '.join(names_in(self._atoms[0])) or 'none'}; "
             f"name the right one with --{label}_key"
         )
+
+    def may_hold(self, label: str) -> bool:
+        return any(could_be(label, self._atoms[0], name) for name in names_in(self._atoms[0]))
 
 
 def configuration_of(
@@ -166,6 +172,20 @@ def names_in(atoms: ase.Atoms) -> list[str]:
     results = getattr(atoms.calc, "results", {})
     own = [k for k in atoms.arrays if k not in ("numbers", "positions")]
     return sorted({*atoms.info, *own, *results})
+
+
+def could_be(label: str, atoms: ase.Atoms, name: str) -> bool:
+    """Whether what a frame has under `name` has the form of a label."""
+    if name in _NO_LABELS or name.endswith("_weight"):
+        return False
+    value = labels.under(atoms, name)
+    if isinstance(value, (bool, np.bool_)):
+        return False
+    try:
+        labels.in_shape(label, value, len(atoms), name)
+    except DataError:
+        return False
+    return True
 
 
 def _is_isolated(frame: Configuration) -> bool:

@@ -7,17 +7,21 @@ frame into a graph at once; they are asked for the frame itself.
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 from mace_lora.errors import ConfigError, DataError
 from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.graphs import Configuration, Graphs
 
 # Of a larger data set so many frames are looked at, evenly spread
 MOST_FRAMES = 20_000
@@ -41,7 +45,7 @@ class StoredFrames:
         )
         self._step = -(-len(dataset) // MOST_FRAMES)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Configuration]:
         if self._step > 1:
             logging.info(
                 f"{self.path} holds {len(self._dataset)} frames: every {self._step}th is looked at"
@@ -49,10 +53,10 @@ class StoredFrames:
         for i in range(0, len(self._dataset), self._step):
             yield self._frame(i)
 
-    def _frame(self, i: int) -> Any:
+    def _frame(self, i: int) -> Configuration:
         try:
             with upstream.substituted({"graph_of_lmdb": _AS_READ}):
-                frame = self._dataset[i]
+                frame: Configuration | None = self._dataset[i]
         except Exception as error:  # whatever h5py and lmdb raise for a damaged file
             raise DataError(
                 f"{self.path}, frame {i} can't be read: {type(error).__name__}: {error}"
@@ -61,9 +65,8 @@ class StoredFrames:
             raise DataError(f"{self.path}, frame {i} can't be read")
         return frame
 
-    def place(self, number: int, frame: Any) -> str:
+    def place(self, number: int) -> str:
         """0-based, in the order of the data set."""
-        del frame
         return str(number * self._step)
 
     def called(self, label: str) -> str:
@@ -76,40 +79,45 @@ class StoredFrames:
             f"mace_prepare_data has the flag --{label}_key"
         )
 
+    def may_hold(self, label: str) -> bool:
+        del label  # the preparation has kept what it was told to keep
+        return True
+
 
 def check_flags(args: argparse.Namespace) -> None:
     """
     Raises:
         ConfigError: a folder without data; HDF5 or LMDB together with what mace-torch reads from
-            .xyz alone: elements, E0s, validation and test frames.
+            .xyz alone: elements, validation and test frames.
     """
-    stored = {flag: _stored(flag, getattr(args, flag)) for flag in ("train_file", "valid_file")}
-    if _stored("test_file", args.test_file) or (stored["train_file"] and args.test_file):
+    trained = is_stored("train_file", args.train_file)
+    validated = is_stored("valid_file", args.valid_file)
+    if is_stored("test_file", args.test_file) or (trained and args.test_file):
         raise ConfigError(
-            f"--test_file={args.test_file}: mace-torch takes HDF5 from --test_dir alone, "
-            "those called *_test.h5, and with .xyz files only if it trains on .xyz files"
+            f"--test_file={args.test_file}: mace-torch takes HDF5 from the folder --test_dir "
+            "alone, and .xyz files only if it trains on .xyz files"
         )
-    if not stored["train_file"] or args.heads:
+    if args.test_dir is not None and not test_files(args.test_dir):
+        raise ConfigError(f"--test_dir={args.test_dir}: there are no HDF5 files (.h5) in it")
+    args.multi_processed_test = False  # where mace-torch fails; all files are found without it
+    if not trained or args.heads:
         return
     file = f"--train_file={args.train_file}"
-    if not stored["valid_file"]:
+    if not validated:
         raise ConfigError(f"{file}: beside HDF5 or LMDB give such a --valid_file, too")
-    if args.statistics_file:
-        return
-    if args.atomic_numbers is None:
+    if args.atomic_numbers is None and not args.statistics_file:
         raise ConfigError(
             f"{file}: for HDF5 and LMDB give --statistics_file, as "
             "mace_prepare_data --compute_statistics writes it, or --atomic_numbers='[1, 6, 8]'"
         )
-    if args.E0s in (None, "estimated", "average"):
-        raise ConfigError(
-            f"{file}, --E0s={args.E0s}: E0s can't be found from HDF5 or LMDB; give "
-            "--statistics_file, --E0s=foundation, or numbers: --E0s='{1: -13.6, ...}'"
-        )
 
 
-def _stored(flag: str, path: str | None) -> bool:
-    """Whether mace-torch reads a file or folder frame by frame; only a text can be one."""
+def is_stored(flag: str, path: object) -> bool:
+    """Whether mace-torch reads a file or folder frame by frame; only a text can be one.
+
+    Raises:
+        ConfigError: a folder without data.
+    """
     if not isinstance(path, str):
         return False
     try:
@@ -118,13 +126,61 @@ def _stored(flag: str, path: str | None) -> bool:
         raise ConfigError(f"--{flag}={path}: a folder without HDF5 or LMDB files") from None
 
 
-def read_statistics(file: IO[str]) -> Any:
-    """JSON as mace_prepare_data writes it: its E0s under numpy 2 it can't read again."""
-    content = json.load(file)
-    energies = content.get("atomic_energies") if isinstance(content, dict) else None
-    if isinstance(energies, str):
-        content["atomic_energies"] = re.sub(r"np\.float\d+\(([^()]*)\)", r"\1", energies)
-    return content
+def test_files(folder: str | None) -> list[str]:
+    """The HDF5 files of `--test_dir`: those called *_test.h5, or all where none is called so.
+
+    mace-torch looks for such names alone, which `mace_prepare_data` doesn't give: it evaluates none
+    of them, in silence.
+    """
+    if folder is None:
+        return []
+    found = sorted(str(f) for end in ("h5", "hdf5") for f in Path(folder).rglob(f"*.{end}"))
+    return [f for f in found if f.endswith("_test.h5")] or found
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `mace_prepare_data --compute_statistics` has found of a training set.
+
+    Attributes:
+        atomic_numbers: the elements.
+        energies: E0s by atomic number, eV.
+        mean, std: of the energy per atom beside the E0s, eV.
+        avg_num_neighbors: of an atom.
+    """
+
+    atomic_numbers: list[int]
+    energies: dict[int, float]
+    mean: float
+    std: float
+    avg_num_neighbors: float
+
+    @classmethod
+    def read(cls, path: str) -> Statistics:
+        """
+        Raises:
+            ConfigError: there is no such file, or something else in it.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            energies = content["atomic_energies"]
+            if energies.endswith(".json"):
+                energies = str(json.loads(Path(energies).read_text(encoding="utf-8")))
+            return cls(
+                [int(z) for z in ast.literal_eval(str(content["atomic_numbers"]))],
+                {int(z): float(e) for z, e in ast.literal_eval(_plain(energies)).items()},
+                *(content[name] for name in ("mean", "std", "avg_num_neighbors")),
+            )
+        except (OSError, KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
+            raise ConfigError(
+                f"--statistics_file={path} can't be used ({type(error).__name__}: {error}): a file "
+                "is needed as mace_prepare_data --compute_statistics writes it"
+            ) from error
+
+
+def _plain(numbers: str) -> str:
+    """Numbers as numpy 2 prints them, np.int64(6) and np.float64(-1.5), without numpy's names."""
+    return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", numbers)
 
 
 def parts(path: str, dataset: Any) -> list[StoredFrames]:
@@ -132,3 +188,20 @@ def parts(path: str, dataset: Any) -> list[StoredFrames]:
     if hasattr(dataset, "datasets"):
         return [part for d in dataset.datasets for part in parts(path, d)]
     return [StoredFrames(str(getattr(dataset, "file_path", path)), dataset)]
+
+
+def open_hdf5(path: str, graphs: Graphs, **keywords: Any) -> Any:
+    """mace-torch's data set of an HDF5 file, with our graphs."""
+    return mended(upstream.original("hdf5")(path, **keywords), graphs)
+
+
+def mended(dataset: Any, graphs: Graphs) -> Any:
+    """`dataset`, or the HDF5 files in it, with our graphs, and with all of their frames.
+
+    `mace_prepare_data` marks files of an odd number of frames (`drop_last`), so that mace-torch
+    leaves the last batch out of a test: all of a small file.
+    """
+    for part in getattr(dataset, "datasets", [dataset]):
+        if hasattr(part, "atomic_dataclass"):
+            part.atomic_dataclass, part.drop_last = graphs, False
+    return dataset

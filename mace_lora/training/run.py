@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from mace_lora.config import AdapterConfig, RunOptions
-from mace_lora.frames import stored
-from mace_lora.frames.energies import AtomicEnergies, gaps_told
-from mace_lora.training import checks, start, summary
+from mace_lora.frames.energies import gaps_told
+from mace_lora.training import losses, metrics, start, summary
+from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
 from mace_lora.training.epochs.signals import StopRequest
 from mace_lora.training.epochs.speed import Speed
@@ -67,8 +66,8 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     Each comment says which stage of `run` is reached.
     """
     args = run.asked.args
-    energies = AtomicEnergies()
-    starting = start.Start(run, energies)
+    data = Data(args, lambda: _model_of(run), run.files)
+    starting = start.Start(run, data)
     speed = Speed(run.asked.options.step)
     checkpoints = Checkpoints(run)
     ending = saving.Saving(run, checkpoints)
@@ -77,17 +76,9 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         # foundation: here, or before the script where we have loaded it
         **{key: start.remember_foundation(run, upstream.original(key)) for key in _LOADERS},
         # the frames
-        "json": SimpleNamespace(load=stored.read_statistics, dumps=json.dumps),
-        "load_xyz": checks.checked_loader(
-            upstream.original("load_xyz"), args, lambda: run.foundation.elements(), run.files
-        ),
-        "split": checks.split,
-        "atomic_energies": energies.read,
-        "estimate_e0s": start.estimate_e0s,
-        "energies_as_array": energies.as_array,
-        "load_stored": checks.checked_dataset(
-            upstream.original("load_stored"), args, lambda: run.foundation.elements()
-        ),
+        **data.substitutes(),
+        "loss": losses.of_run,
+        "stage_two": losses.of_stage_two,
         "avg_num_neighbors": start.avg_num_neighbors,
         # started
         "configure_model": starting.configure_model,
@@ -103,7 +94,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         "ddp": processes.parallel,
         # trained
         **speed.substitutes(),
-        "metrics": processes.validation_metrics,
+        "metrics": metrics.metrics,
         "train": partial(train, run, stop, speed, checkpoints),
         # saved
         "merge": ending.merge,
@@ -114,6 +105,10 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         "save": writing.save_whole,
         "jit_save": ending.jit_save,
     }
+
+
+def _model_of(run: Run) -> torch.nn.Module | None:
+    return run.foundation.model if Run.foundation.is_reached(run) else None
 
 
 _LOADERS = ("mace_mp", "mace_off", "mace_omol", "mace_polar")

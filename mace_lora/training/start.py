@@ -13,12 +13,12 @@ import torch
 
 from mace_lora.adapters.registry import get_method
 from mace_lora.errors import ArtefactError, FoundationModelError, MaceLoraError
-from mace_lora.frames.energies import AtomicEnergies
 from mace_lora.model import artefact
 from mace_lora.model.description import describe
 from mace_lora.model.fingerprint import fingerprint
 from mace_lora.model.injection import inject
 from mace_lora.training import checks
+from mace_lora.training.data import Data
 from mace_lora.training.epochs import processes
 from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.record import Foundation, Injected, Run, Started
@@ -46,15 +46,6 @@ def remember_foundation(run: Run, load: Callable[..., object]) -> Callable[..., 
     return loader
 
 
-def estimate_e0s(foundation_model: torch.nn.Module, **keywords: object) -> dict[int, float]:
-    """mace-torch runs a float32 model on float64 frames, which TorchScript refuses."""
-    foundation_model.to(torch.get_default_dtype())
-    estimated: dict[int, float] = upstream.original("estimate_e0s")(
-        foundation_model=foundation_model, **keywords
-    )
-    return estimated
-
-
 def avg_num_neighbors(
     heads: object, args: argparse.Namespace, train_loader: Loader, device: torch.device
 ) -> float:
@@ -79,12 +70,12 @@ class Start:
 
     Args:
         run: the record; it comes to `started` and to `injected` here.
-        energies: the E0s of the run.
+        data: the frames and E0s of the run.
     """
 
-    def __init__(self, run: Run, energies: AtomicEnergies) -> None:
+    def __init__(self, run: Run, data: Data) -> None:
         self.run = run
-        self.energies = energies
+        self.data = data
 
     def configure_model(
         self,
@@ -101,7 +92,8 @@ class Start:
         With the same elements in the run as in the foundation model, mace-torch 0.3.16 copies the
         foundation's E0s over those that were asked for (a state-dict copy by equal shape).
         """
-        energies = self.energies.of_elements(atomic_energies, list(z_table.zs))
+        self.data.refuse_missing_labels()
+        energies = self.data.energies.of_elements(atomic_energies, list(z_table.zs))
         original = upstream.original("configure_model")
         try:
             model, outputs = original(
@@ -176,8 +168,8 @@ def _restore_e0s(model: torch.nn.Module, energies: npt.NDArray[np.float64] | Non
 def _log_energy_offset(
     args: argparse.Namespace, model: torch.nn.Module, train_loader: Loader
 ) -> None:
-    batches = predicting.batch_of(train_loader.dataset, OFFSET_FRAMES)
-    if not batches or getattr(batches[0], "energy", None) is None:
+    batches = predicting.batch_of(train_loader.dataset, OFFSET_FRAMES, "energy")
+    if not batches:
         return
     predicted = predicting.predict(model.to(args.device), batches).get("energy")
     if predicted is None:

@@ -35,7 +35,7 @@ class Configuration(Protocol):
 
 def configuration(**fields: object) -> Configuration:
     """mace-torch's Configuration with these fields."""
-    made: Configuration = upstream.module("mace.data.utils").Configuration(**fields)
+    made: Configuration = upstream.original("frame")(**fields)
     return made
 
 
@@ -46,10 +46,28 @@ def without_gaps(config: Configuration) -> Configuration:
     written from such files) and trains them as 0.
     """
     gaps = [name for name, value in config.properties.items() if value is None]
+    gaps += ["stress"] if is_placeholder(config) else []
     if not any(np.any(config.property_weights.get(name, 1.0)) for name in gaps):
         return config
     weights = {**config.property_weights, **dict.fromkeys(gaps, 0.0)}
     return replace(config, property_weights=weights)  # type: ignore[type-var]
+
+
+def periodic_in(frame: Configuration) -> tuple[bool, bool, bool]:
+    """The directions in which a frame repeats."""
+    if frame.pbc is None:
+        return (False, False, False)
+    first, second, third = (bool(p) for p in frame.pbc)
+    return first, second, third
+
+
+def is_placeholder(config: Configuration) -> bool:
+    """Whether a stress is there for the form's sake: exactly zero, in a frame without periodicity.
+
+    Files that hold molecules beside crystals have it; mace-torch predicts next to nothing there.
+    """
+    stress = config.properties.get("stress")
+    return stress is not None and not any(periodic_in(config)) and not np.any(stress)
 
 
 @dataclass
@@ -76,7 +94,7 @@ class Graphs:
         """mace-torch's graph of one frame; the keywords are those of `AtomicData.from_config`."""
         graph = upstream.original("graphs").from_config(without_gaps(config), **keywords)
         cell = config.cell
-        if not self.padded and not all(config.pbc or ()) and has_volume(cell):
+        if not self.padded and not all(periodic_in(config)) and has_volume(cell):
             graph.cell = torch.as_tensor(cell, dtype=graph.cell.dtype)
         return graph
 
@@ -84,6 +102,11 @@ class Graphs:
 def sees_cells(model: torch.nn.Module) -> bool:
     """Whether the energy of a model depends on lattice vectors that are not periodic."""
     return any(kind.__name__ in _LONG_RANGE for kind in type(model).__mro__)
+
+
+def is_long_range(kind: str) -> bool:
+    """Whether `--model` names a kind whose energy depends on such vectors."""
+    return kind in _LONG_RANGE
 
 
 def has_volume(cell: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from mace_lora.errors import MergeMismatch
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.graphs import Graphs
 from mace_lora.upstream.precision import default_dtype
 
 # Outputs that are compared when a merge is proved; a model gives some of them
@@ -87,11 +89,25 @@ def differences_text(found: dict[str, tuple[float, float]]) -> str:
     return ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
 
 
-def batch_of(dataset: Any, n_frames: int) -> list[Any]:
-    """The first `n_frames` of a data set as one batch (a list of one), or an empty list."""
-    geometric = upstream.module("mace.tools.torch_geometric")
-    items = [dataset[i] for i in range(min(n_frames, len(dataset)))]
-    return [geometric.Batch.from_data_list(items)] if items else []
+def batch_of(dataset: Any, n_frames: int, label: str | None = None) -> list[Any]:
+    """The first frames of a data set as one batch (a list of one), or an empty list.
+
+    Args:
+        dataset: of mace-torch.
+        n_frames: so many, or fewer where there are fewer.
+        label: take frames that have it; looked for among the first hundred times as many.
+    """
+    items = (dataset[i] for i in range(min(100 * n_frames, len(dataset))))
+    chosen = itertools.islice((i for i in items if label is None or has(i, label)), n_frames)
+    frames = list(chosen)
+    batches = upstream.module("mace.tools.torch_geometric").Batch
+    return [batches.from_data_list(frames)] if frames else []
+
+
+def has(graph: Any, label: str) -> bool:
+    """Whether a graph has a label that weighs anything."""
+    weight = getattr(graph, f"{label}_weight", None)
+    return getattr(graph, label, None) is not None and bool((weight > 0).any())
 
 
 def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
@@ -107,9 +123,9 @@ def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.At
             pbc=None if data.pbc is None else data.pbc.reshape(3).numpy(),
         )
         for name, place in (("energy", atoms.info), ("forces", atoms.arrays)):
-            if getattr(data, name) is not None and float(getattr(data, f"{name}_weight")):
+            if has(data, name):
                 place[f"REF_{name}"] = getattr(data, name).numpy()
-        if data.stress is not None and float(data.stress_weight):
+        if has(data, "stress"):
             atoms.info["REF_stress"] = data.stress.reshape(3, 3).numpy()
         found.append(atoms)
     return found
@@ -141,9 +157,10 @@ def frames_to_data(
     specification = data.update_keyspec_from_kwargs(data.KeySpecification(), {**defaults, **keys})
     table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
     heads = getattr(model, "heads", None) or ["Default"]
+    graphs = Graphs.of(model)
     with default_dtype(next(model.parameters()).dtype):
         return [
-            data.AtomicData.from_config(
+            graphs.from_config(
                 data.config_from_atoms(
                     atoms, key_specification=specification, head_name=head or heads[-1]
                 ),

@@ -97,18 +97,23 @@ SUBSTITUTED: dict[str, Row] = {
     "mace_off": _in_run(_RUN, "mace_off(model, device, default_dtype)", _LOADER, _LOADER_WHY),
     "mace_omol": _in_run(_RUN, "mace_omol(device, default_dtype)", _LOADER, _LOADER_WHY),
     "mace_polar": _in_run(_RUN, "mace_polar(model, device, default_dtype)", _LOADER, _LOADER_WHY),
-    "json": _in_run(
+    "remove_head": _in_run(
+        _RUN, "remove_pt_head(model, head_to_keep)", _LOADER, "E0s are estimated with that head"
+    ),
+    "head_config": _in_run(
         _RUN,
-        "json",
-        "its `load` also reads E0s as numpy 2 prints them",
-        "`mace_prepare_data` writes `np.float64(...)`, which the script can't read again",
-        "804 (closed; 0.3.16 still needs it)",
+        "dict_head_to_dataclass(head, head_name, args)",
+        "the same, with what a statistics file says of elements, and with E0s as numbers where "
+        "they are fitted to frames in HDF5 or LMDB",
+        "a statistics file overrules `--E0s`; numbers in it as numpy 2 prints them can't be read",
+        "804 (closed; 0.3.16 still needs it) for the numbers",
     ),
     "load_xyz": _in_run(
         _DATA,
         "load_from_xyz(file_path, key_specification)",
-        "the same, then all frames are checked",
-        "a NaN label, a forgotten key or an unknown element shows late or never",
+        "reads and checks all frames",
+        "under ASE's own keys labels that lack are trained as 0, forces have constraints applied, "
+        "and E0s of isolated atoms are 0; types that are numbers have no weight",
     ),
     "split": _in_run(
         _DATA,
@@ -141,6 +146,36 @@ SUBSTITUTED: dict[str, Row] = {
         "load_dataset_for_path(file_path, z_table, head_config)",
         "the same, then the frames of HDF5 and LMDB files are checked",
         "as for `load_from_xyz`",
+    ),
+    "graphs": _in_run(
+        _DATA,
+        "AtomicData",
+        "its `from_config` gives labels that lack no weight, and graphs the frame's own cell",
+        "the stress of a slab is divided by the volume of a padded cell",
+    ),
+    "graph_of_replay": _in_run(
+        "mace.tools.multihead_tools", "AtomicData", "the same", "as for `mace.data.AtomicData`"
+    ),
+    "hdf5": _in_run(
+        _DATA,
+        "HDF5Dataset(file_path, r_max, z_table, atomic_dataclass)",
+        "the same, with our graphs and all frames",
+        "labels that lack weigh 1; a test set of an odd number of frames loses its last batch",
+    ),
+    "loss": _in_run(
+        _RUN,
+        "get_loss_fn(args, dipole_only, compute_dipole)",
+        "the same, or a loss that heeds all weights",
+        "`huber`, `universal` and losses of dipoles ignore weights, and so count what lacks as 0",
+    ),
+    "stage_two": _in_run(
+        _RUN, "get_swa(args, model, optimizer, swas)", "the same", "as for `get_loss_fn`"
+    ),
+    "test_files": _in_run(
+        _RUN,
+        "get_files_with_suffix(dir_path, suffix)",
+        "all HDF5 files of a folder, where none is called so",
+        "`mace_prepare_data` doesn't call them so, and none is evaluated",
     ),
     "avg_num_neighbors": _in_run(
         _RUN,
@@ -220,8 +255,9 @@ SUBSTITUTED: dict[str, Row] = {
     "metrics": _in_run(
         _TRAIN,
         "MACELoss(loss_fn)",
-        "the same, each process on its own frames; its `forward` adds a batch and computes nothing",
-        "losses come out as many times too large as there are processes, and the run hangs "
+        "the same over labelled frames, each process on its own; its `forward` adds a batch and "
+        "computes nothing",
+        "frames without a label count as 0 in some errors; losses come out as many times too large as there are processes, and the run hangs "
         "where one has a batch more",
         "677 (open) for the hanging",
     ),
@@ -257,9 +293,9 @@ SUBSTITUTED: dict[str, Row] = {
     "graph_of_lmdb": Row(
         "mace.data.lmdb_dataset",
         "AtomicData",
-        "gives the frame as it was read",
+        "as for `mace.data.AtomicData`; gives the frame as it was read while it is checked",
         "the data set makes a graph of each frame, which loses what is to be checked",
-        when=FRAME,
+        when=RUN,
     ),
     "clebsch_gordan": Row(
         "mace.tools.cg",
@@ -283,13 +319,6 @@ CHANGED: dict[str, Row] = {
         "the order of the frames is nowhere written down, and another one for several processes",
         "509 (open)",
         OBJECT,
-    ),
-    "hdf5": Row(
-        _DATA,
-        "HDF5Dataset(file_path, r_max, z_table, atomic_dataclass)",
-        "`atomic_dataclass` of a copy gives the frame as it was read",
-        "as for `AtomicData`",
-        when=FRAME,
     ),
     "modules": Row(
         "mace",
@@ -321,6 +350,9 @@ CALLED: dict[str, Row] = {
         "mace.tools.finetuning_utils",
         "load_foundations_elements(model, table, load_readout, max_L)",
         "weights of a foundation model in one of fewer elements",
+    ),
+    "reduce_loss": Row(
+        "mace.modules.loss", "reduce_loss(raw_loss, ddp)", "the mean over all processes"
     ),
     "elements": Row(_TOOLS, "AtomicNumberTable(zs)", "elements of a model"),
     "batch": Row("mace.tools.torch_geometric", "Batch.from_data_list(data_list)", "a batch"),

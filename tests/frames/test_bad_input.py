@@ -183,7 +183,7 @@ def _one_spot(frame):
 
 
 def _stress_without_cell(frame):
-    frame.info["REF_stress"] = np.zeros(6)
+    frame.info["REF_stress"] = np.full(6, 0.1)
     frame.pbc, frame.cell = False, None
     return frame
 
@@ -210,7 +210,7 @@ def _cell_of_nan(frame):
     ("change", "expected"),
     [
         (_one_spot, "train.xyz, frame 3 has atoms 2 and 4 on one spot"),
-        (_stress_without_cell, "train.xyz, frame 3: stress (key 'REF_stress') but no periodic"),
+        (_stress_without_cell, "train.xyz, frame 3: stress (key 'REF_stress') but no cell"),
         (_periodic_without_cell, "train.xyz, frame 3 is periodic"),
         (_cell_of_nan, "train.xyz, frame 3 has a cell that is not finite"),
         (_label("REF_energy", 2), "train.xyz, frame 3: energy (key 'REF_energy') of shape (2,)"),

@@ -24,7 +24,6 @@ def prepared(tmp_path_factory, small_data) -> Path:
     command += [f"--{part}_file={path}" for part, path in small_data.items()]
     command += ["--atomic_numbers=[1, 6, 8]", "--E0s=average", "--compute_statistics", "--seed=1"]
     subprocess.run([*command, "--h5_prefix=./"], cwd=folder, check=True, capture_output=True)
-    (folder / "test/Default__0.h5").rename(folder / "test/ethanol_test.h5")  # as training wants it
     return folder
 
 
@@ -64,7 +63,7 @@ def test_a_run_from_hdf5_and_its_continuation(folder, flags):
     [
         ("train/train_0.h5", 3, "properties/energy", np.nan, "frame 3: energy holds NaN"),
         ("val/val_0.h5", 2, "properties/forces", np.full((9, 3), np.inf), "frame 2: forces holds"),
-        ("test/ethanol_test.h5", 1, "properties/energy", np.nan, "frame 1: energy holds NaN"),
+        ("test/Default__0.h5", 1, "properties/energy", np.nan, "frame 1: energy holds NaN"),
         ("train/train_0.h5", 4, "properties/forces", np.zeros((9, 2)), "forces of shape (9, 2)"),
         ("train/train_0.h5", 4, "properties/energy", np.zeros(2), "energy of shape (2,)"),
         ("train/train_0.h5", 4, "positions", np.zeros((9, 3)), "frame 4 has atoms 0 and"),
@@ -103,19 +102,17 @@ def test_files_that_mace_torch_would_not_read(folder, flags, small_data):
     """It ignores the first two in silence, and fails for the others with errors of its own."""
     assert "--test_dir alone" in here(folder, *flags, f"--test_file={small_data['test']}")
     xyz = [f"--{part}_file={path}" for part, path in small_data.items()]
-    error = here(folder, *flags, *xyz, "--test_file=test/ethanol_test.h5")
-    assert "--test_file=test/ethanol_test.h5: mace-torch takes HDF5 from" in error
+    error = here(folder, *flags, *xyz, "--test_file=test/Default__0.h5")
+    assert "--test_file=test/Default__0.h5: mace-torch takes HDF5 from" in error
     assert "such a --valid_file" in here(folder, *flags, f"--valid_file={small_data['valid']}")
     (folder / "nothing").mkdir()
     error = here(folder, *flags, "--train_file=nothing")
     assert error == "error: --train_file=nothing: a folder without HDF5 or LMDB files"
 
 
-def test_elements_and_e0s_must_be_given(folder, flags):
+def test_elements_must_be_given(folder, flags):
     flags = [f for f in flags if "statistics" not in f]
     assert "give --statistics_file" in here(folder, *flags)
-    flags.append("--atomic_numbers=[1, 6, 8]")
-    assert "E0s can't be found from HDF5 or LMDB" in here(folder, *flags)
     flags.append("--atomic_numbers=[1, 6, 8, 16]")
     error = here(folder, *flags, "--E0s=foundation")
     assert "include S (16); the foundation model knows H (1), C (6)" in error

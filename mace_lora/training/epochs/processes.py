@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from mace_lora.errors import ConfigError
 from mace_lora.training.epochs.order import ShareOfBatches
 from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.types import Batch, Loader, Tensors
+from mace_lora.upstream.types import Loader
 
 
 def set_launcher(args: argparse.Namespace) -> None:
@@ -116,31 +115,6 @@ def share_frames(loader: Loader, rank: int, distributed: bool) -> None:
         loader.batch_sampler.sampler = ShareOfBatches(
             len(loader.dataset), loader.batch_size, rank, count(distributed)
         )
-
-
-class _OfThisProcess(torch.nn.Module):
-    """A loss over the frames at hand, without asking the other processes for theirs."""
-
-    def __init__(self, loss_fn: torch.nn.Module) -> None:
-        super().__init__()
-        self.loss_fn = loss_fn
-
-    def forward(self, ref: Batch, pred: Tensors) -> torch.Tensor:
-        return cast(torch.Tensor, self.loss_fn(ref=ref, pred=pred, ddp=False))
-
-
-def validation_metrics(loss_fn: torch.nn.Module) -> torch.nn.Module:
-    """mace-torch's `MACELoss`, whose sums are over all processes anyway.
-
-    mace-torch's losses add up over processes by themselves, batch by batch: right in training, but
-    in a validation the loss comes out as many times too large as there are processes, and the run
-    hangs where one of them has a batch more than another. It also sums up each batch by itself,
-    for numbers that nobody reads; here batches are only added.
-    """
-    several = dist.is_available() and dist.is_initialized()
-    made = upstream.original("metrics")(_OfThisProcess(loss_fn) if several else loss_fn)
-    made.forward = lambda *batch: (made.update(*batch), None)
-    return cast(torch.nn.Module, made)
 
 
 def is_first() -> bool:

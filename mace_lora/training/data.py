@@ -1,0 +1,251 @@
+"""The frames of a run: read, checked, and made graphs, whichever files they come from."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from mace_lora.errors import ConfigError, DataError
+from mace_lora.frames import checks, stored
+from mace_lora.frames.checks import Rules, symbols
+from mace_lora.frames.energies import AtomicEnergies
+from mace_lora.frames.reading import XyzFrames
+from mace_lora.model.description import atomic_numbers
+from mace_lora.training.epochs import processes
+from mace_lora.upstream import graphs, library
+from mace_lora.upstream import names as upstream
+from mace_lora.upstream.graphs import Configuration, Graphs
+
+_FOUNDATION = "the foundation model"
+
+
+class Data:
+    """Our functions for the data of a run.
+
+    Args:
+        args: the run's flags.
+        loaded: gives the foundation model once it is loaded.
+        files: to which those are added that frames were read from, as ASE reads them.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        loaded: Callable[[], torch.nn.Module | None] = lambda: None,
+        files: list[str] | None = None,
+    ) -> None:
+        self.args = args
+        self.energies = AtomicEnergies()
+        self._files = [] if files is None else files
+        self._loaded = loaded
+        self._one_head: torch.nn.Module | None = None
+        self._graphs = Graphs()
+        self._looked_through: set[str] = set()
+        self._lacking: dict[str, str] = {}  # of the training files: label -> what to say
+        self._labelled: set[str] = set()  # labels that some training file has
+
+    def foundation(self) -> torch.nn.Module | None:
+        """The foundation model, with the one head that goes on, once it is loaded."""
+        return self._one_head or self._loaded()
+
+    def substitutes(self) -> dict[str, Any]:
+        """Our functions by key of `substitutions.ROWS`."""
+        makers = ("graphs", "graph_of_replay", "graph_of_lmdb")
+        return {
+            **dict.fromkeys(makers, self._graphs),
+            "load_xyz": self.load_xyz,
+            "load_stored": self.load_stored,
+            "hdf5": self.open_hdf5,
+            "test_files": lambda dir_path, suffix: stored.test_files(dir_path),
+            "head_config": self.head_config,
+            "remove_head": self.remove_head,
+            "split": split,
+            "atomic_energies": self.energies.read,
+            "energies_as_array": self.energies.as_array,
+            "estimate_e0s": self.energies.estimate,
+        }
+
+    def known_elements(self) -> set[int] | None:
+        """Atomic numbers of the foundation model, once it is loaded."""
+        model = self.foundation()
+        return None if model is None else set(atomic_numbers(model))
+
+    def _rules(self, who: str, known: set[int] | None, labelled: bool = True) -> Rules:
+        needed, welcome = checks.counted(self.args) if labelled else ([], [])
+        model = self.foundation()
+        self._graphs.padded = graphs.is_long_range(str(self.args.model)) or (
+            model is not None and graphs.sees_cells(model)
+        )
+        return Rules(
+            known=None if known is None else (who, known),
+            needed=needed,
+            welcome=welcome,
+            cutoff=float(self.args.r_max),
+            padded=self._graphs.padded,
+        )
+
+    def remove_head(self, model: torch.nn.Module, head_to_keep: str | None = None) -> Any:
+        """Upstream takes one head of a foundation model with several, which goes on alone."""
+        alone = upstream.original("remove_head")(model, head_to_keep)
+        self._one_head = alone
+        return alone
+
+    # ------------------------------------------------------------------ elements and E0s
+
+    def head_config(self, head: dict[str, Any], head_name: str, args: argparse.Namespace) -> Any:
+        """Upstream's settings of one head: E0s that were asked for are those of the run.
+
+        Upstream puts the E0s of a statistics file in their place, and fits none to frames that it
+        reads one by one.
+        """
+        config = upstream.original("head_config")(head, head_name, args)
+        if config.statistics_file is not None and head_name != "pt_head":
+            found = stored.Statistics.read(config.statistics_file)
+            config.mean, config.std = found.mean, found.std
+            config.avg_num_neighbors, config.compute_avg_num_neighbors = (
+                found.avg_num_neighbors,
+                False,
+            )
+            config.atomic_numbers = str(found.atomic_numbers)
+            if config.E0s is None:
+                config.E0s = str(found.energies)
+            logging.info(f"Elements from {config.statistics_file}, E0s={config.E0s}")
+            config.statistics_file = None
+        files = [config.train_file] if isinstance(config.train_file, str) else config.train_file
+        one_by_one = [file for file in files if stored.is_stored("train_file", file)]
+        if one_by_one and str(config.E0s).lower() in ("estimated", "average"):
+            config.E0s = str(self._fitted(config, one_by_one))
+        return config
+
+    def _fitted(self, head: Any, files: list[str]) -> dict[int, float]:
+        """E0s from frames in HDF5 and LMDB; --E0s of the head says which."""
+        table = library.elements(ast.literal_eval(str(head.atomic_numbers)))
+        settings = {"r_max": self.args.r_max, "z_table": table, "heads": [head.head_name]}
+        frames = [
+            frame
+            for file in files
+            for part in stored.parts(
+                file,
+                upstream.original("load_stored")(file_path=file, head_config=head, **settings),
+            )
+            for frame in part
+        ]
+        if head.E0s.lower() == "average":
+            return self.energies.read(head.E0s, frames, table)
+        model = self.foundation()
+        if model is None:
+            raise ConfigError("--E0s=estimated: there is no foundation model to estimate them from")
+        return self.energies.estimated(model, frames, table, self.args.device)
+
+    # ------------------------------------------------------------------ files that ASE reads
+
+    def load_xyz(
+        self,
+        file_path: str,
+        key_specification: Any,
+        head_name: str = "Default",
+        config_type_weights: dict[Any, float] | None = None,
+        extract_atomic_energies: bool = False,
+        keep_isolated_atoms: bool = False,
+        no_data_ok: bool = False,
+    ) -> tuple[dict[int, float], list[Configuration]]:
+        """E0s of isolated atoms, and the frames of a file.
+
+        In the place of upstream's, which trains labels that lack under ASE's own keys as 0, takes
+        forces with constraints applied, and 0 for E0s where it finds no energy.
+        """
+        keys = graphs.key_names(key_specification)
+        frames = XyzFrames(file_path, keys, head_name, config_type_weights)
+        if extract_atomic_energies:
+            frames.set_isolated_aside(keep=keep_isolated_atoms)
+        self._files.append(file_path)
+        # without labels where the foundation model gives them
+        rules = self._rules(_FOUNDATION, self.known_elements(), labelled=not no_data_ok)
+        lacking = checks.check(frames, rules)
+        if extract_atomic_energies:  # these are frames to train on
+            self._remember(lacking, rules)
+        return frames.energies, frames.configurations
+
+    def _remember(self, lacking: dict[str, str], rules: Rules) -> None:
+        self._lacking |= lacking
+        self._labelled |= set(rules.needed) - lacking.keys()
+
+    def refuse_missing_labels(self) -> None:
+        """Raises DataError where the loss needs a label that no training frame has at all."""
+        for label in self._lacking.keys() - self._labelled:
+            raise DataError(f"{self._lacking[label]}; or train without it: --{label}_weight=0")
+
+    # ------------------------------------------------------------------ HDF5 and LMDB
+
+    def load_stored(self, **keywords: Any) -> Any:
+        """mace-torch's `load_dataset_for_path`, and a check of the frames that it reads later."""
+        path, numbers = keywords["file_path"], {int(z) for z in keywords["z_table"].zs}
+        refuse_unknown(numbers, self.known_elements() or numbers)
+
+        head = keywords["head_config"]
+        for test in set(stored.test_files(head.test_dir)) - self._looked_through:
+            self._looked_through.add(test)
+            settings = {name: keywords[name] for name in ("r_max", "z_table")}
+            load = partial(self.open_hdf5, test, **settings, head=head.head_name)
+            self._look_through(test, load, numbers)
+        return self._look_through(
+            str(path), partial(upstream.original("load_stored"), **keywords), numbers
+        )
+
+    def open_hdf5(self, file_path: str, **keywords: Any) -> Any:
+        """mace-torch's `HDF5Dataset`."""
+        return stored.open_hdf5(file_path, self._graphs, **keywords)
+
+    def _look_through(self, path: str, load: Callable[[], Any], numbers: set[int]) -> Any:
+        """What `load` gives, checked; a list comes from .xyz, which was checked when read."""
+        try:
+            dataset = load()
+        except Exception as error:  # of h5py, lmdb and ASE
+            raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+        if not isinstance(dataset, list):
+            rules = self._rules("this run (--atomic_numbers, or the statistics file)", numbers)
+            for part in stored.parts(path, dataset):
+                checks.check(part, rules)
+        return stored.mended(dataset, self._graphs)
+
+
+def refuse_unknown(asked: set[int], known: set[int]) -> None:
+    """Raises ConfigError for elements of a run that its foundation model doesn't know."""
+    if not asked <= known:
+        raise ConfigError(
+            "the elements of this run (--atomic_numbers, or the statistics file) include "
+            f"{symbols(sorted(asked - known))}; {_FOUNDATION} knows {symbols(sorted(known))}"
+        )
+
+
+def split(
+    items: list[Any], valid_fraction: float, seed: int, work_dir: str, *rest: Any, **keywords: Any
+) -> Any:
+    """mace-torch's split of the training set, which needs two frames and a fraction.
+
+    Raises:
+        DataError: there are none to spare for validation.
+    """
+    if not 0 < valid_fraction < 1:
+        raise ConfigError(
+            f"--valid_fraction={valid_fraction}: a number between 0 and 1 is needed, or a "
+            "--valid_file of its own"
+        )
+    if len(items) < 2:
+        raise DataError(
+            f"the training set holds {len(items)} frame, and --valid_fraction={valid_fraction} "
+            "takes one of it for validation: give more frames, or a --valid_file of its own"
+        )
+    original = upstream.original("split")
+    with ExitStack() as stack:
+        if not processes.is_first():  # it writes the indices down
+            work_dir = stack.enter_context(TemporaryDirectory())
+        return original(items, valid_fraction, seed, work_dir, *rest, **keywords)
