@@ -8,14 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import ase
+import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes
 from ase.data import chemical_symbols
 
 from mace_lora.api.files import load_adapter
 from mace_lora.errors import ConfigError, DataError
+from mace_lora.frames.inputs import check
+from mace_lora.frames.keys import ALIASES
+from mace_lora.frames.labels import under
 from mace_lora.model.merging import merge
 from mace_lora.upstream import library, loading
+from mace_lora.upstream.inputs import Input, inputs_of
+
+# Those of MACECalculator
+INFO_KEYS = {
+    "total_spin": "spin",
+    "total_charge": "charge",
+    "external_field": "external_field",
+}
 
 Choice = str | Path | Sequence[str | Path] | None
 
@@ -30,6 +42,9 @@ class MaceLoraCalculator(Calculator):
             `stress_var` among the results), or None for the base model itself.
         device: cpu, cuda, ...
         default_dtype: float32 or float64; nothing for the precision of the adapter's run.
+        info_keys, arrays_keys: where in `atoms.info` and `atoms.arrays` the inputs of a model
+            stand, such as {"total_charge": "charge"}; by default those of `MACECalculator`, or
+            whatever is evident: charge or total_charge, spin or total_spin or multiplicity.
         keywords: for `MACECalculator`: head, enable_cueq, compile_mode, ...
 
     Raises:
@@ -48,12 +63,21 @@ class MaceLoraCalculator(Calculator):
         adapter: Choice = None,
         device: str = "cpu",
         default_dtype: str = "",
+        info_keys: dict[str, str] | None = None,
+        arrays_keys: dict[str, str] | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__()
         _check_settings(device, default_dtype)
         self.base = loading.given(base, device, flag="base")
-        self._settings = {"device": device, "default_dtype": default_dtype, **keywords}
+        self._settings = {
+            "device": device,
+            "default_dtype": default_dtype,
+            "info_keys": dict(INFO_KEYS if info_keys is None else info_keys),
+            "arrays_keys": dict(arrays_keys or {}),
+            **keywords,
+        }
+        self._keys_given = info_keys is not None
         self._merged: dict[Path | None, torch.nn.Module] = {}
         self._calculators: dict[tuple[Path | None, ...], Calculator] = {}
         self.set_adapter(adapter)
@@ -97,13 +121,65 @@ class MaceLoraCalculator(Calculator):
         """Called by ASE.
 
         Raises:
-            DataError: the model doesn't know one of the elements.
+            DataError: the model doesn't know one of the elements, or a charge or spin.
         """
         if atoms is not None:
             self._check_elements(atoms)
+            self._find_inputs(atoms)
         super().calculate(atoms, properties, system_changes)
         self._current.calculate(self.atoms, properties, system_changes)
         self.results = dict(self._current.results)
+
+    def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation: also what a model reads of `atoms.info`."""
+        changes: list[str] = super().check_state(atoms, tol)
+        if changes or self.atoms is None:
+            return changes
+        for name in ("info", "arrays"):
+            now, then = getattr(atoms, name), getattr(self.atoms, name)
+            if any(not _same(now.get(k), then.get(k)) for k in self._read[name]):
+                changes.append(name)
+        return changes
+
+    @property
+    def _read(self) -> dict[str, set[str]]:
+        """Names in `atoms.info` and `atoms.arrays` that a prediction may depend on."""
+        current = self._current
+        aliases = {key for keys in ALIASES.values() for key in keys}
+        return {
+            "info": {*current.info_keys.values(), *aliases},
+            "arrays": {*current.arrays_keys.values(), current.charges_key},
+        }
+
+    def get_descriptors(
+        self, atoms: ase.Atoms | None = None, invariants_only: bool = True, num_layers: int = -1
+    ) -> Any:
+        """Features of each atom, as `MACECalculator.get_descriptors` gives them."""
+        return self._current.get_descriptors(self._given(atoms), invariants_only, num_layers)
+
+    def get_hessian(self, atoms: ase.Atoms | None = None) -> Any:
+        """Second derivatives, eV/A^2, as `MACECalculator.get_hessian` gives them."""
+        return self._current.get_hessian(self._given(atoms))
+
+    def _given(self, atoms: ase.Atoms | None) -> ase.Atoms:
+        atoms = self.atoms if atoms is None else atoms
+        if atoms is None:
+            raise ConfigError("give atoms: nothing has been computed yet")
+        self._check_elements(atoms)
+        self._find_inputs(atoms)
+        return atoms
+
+    def _find_inputs(self, atoms: ase.Atoms) -> None:
+        """Let MACECalculator look where the inputs of the model stand in these atoms."""
+        tables = self._current.info_keys, self._current.arrays_keys
+        inputs = inputs_of(self._current.models[0])
+        for item in inputs.values():
+            tables[item.per_atom].setdefault(item.name, item.key)
+            if not self._keys_given and item.name in ALIASES:
+                tables[0][item.name] = _evident_key(atoms, item)
+        keys = {**tables[0], **tables[1]}
+        values = {name: under(atoms, keys[name]) for name in inputs}
+        check("atoms", [("0", len(atoms), values)], inputs, keys)
 
     def _check_elements(self, atoms: ase.Atoms) -> None:
         known = set(self._current.z_table.zs)
@@ -114,6 +190,28 @@ class MaceLoraCalculator(Calculator):
                 f"the model knows {names[0]}, the atoms hold {names[1]} too (an adapter is for the "
                 "elements that its run was trained on)"
             )
+
+
+def _evident_key(atoms: ase.Atoms, item: Input) -> str:
+    """The key of a charge or spin in `atoms.info`, MACECalculator's where there is none.
+
+    Raises:
+        DataError: there are several, which differ.
+    """
+    present = [key for key in ALIASES[item.name] if atoms.info.get(key) is not None]
+    if any(not _same(atoms.info[key], atoms.info[present[0]]) for key in present[1:]):
+        raise DataError(
+            f"atoms.info holds {' and '.join(present)}, which differ: say which is the "
+            f"{item.called} with info_keys={{{item.name!r}: {present[0]!r}}}"
+        )
+    own = INFO_KEYS[item.name]
+    return present[0] if present and own not in present else own
+
+
+def _same(one: object, other: object) -> bool:
+    if one is None or other is None:
+        return one is other
+    return bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
 def _check_settings(device: str, default_dtype: str) -> None:

@@ -13,8 +13,18 @@ from mace_lora.files import whole_file
 if TYPE_CHECKING:
     import torch
 
-# Labels that tools can measure errors of
+    from mace_lora.results.labelled import LabelledFrames
+
+# Labels that tools can measure errors of, and what models read of frames beside atoms and cell
 QUANTITIES = ("energy", "forces", "stress")
+INPUTS = ("total_charge", "total_spin", "elec_temp", "head")
+
+_INPUT_HELP = {
+    "total_charge": "total charge, for models that read one",
+    "total_spin": "spin multiplicity, for models that read one",
+    "elec_temp": "electronic temperature, for models that read one",
+    "head": "head that predicts a frame, for models of several",
+}
 
 BASE_HELP = (
     "the foundation model: mini, a name that mace-torch downloads (medium_off, ...), or a .model "
@@ -57,16 +67,42 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     for quantity in QUANTITIES:
         key = f"REF_{quantity}"
         parser.add_argument(
-            f"--{quantity}_key", default=key, help=f"name of the {quantity} (default: {key})"
+            f"--{quantity}_key",
+            default=key,
+            help=f"name of the {quantity} in the files (default: {key}, or {quantity} where that "
+            "is all a file has)",
+        )
+    for name in INPUTS:
+        parser.add_argument(
+            f"--{name}_key",
+            default=name,
+            help=f"name of the {_INPUT_HELP[name]} in the files (default: {name})",
         )
     parser.add_argument("--batch_size", type=int, default=16, help="frames at once (default: 16)")
 
 
 def keys(options: argparse.Namespace) -> dict[str, str]:
-    """The names of the labels, as `add_data_arguments` gives them."""
+    """The names of labels and inputs, as `add_data_arguments` gives them."""
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size={options.batch_size}: 1 or more is needed")
-    return {quantity: getattr(options, f"{quantity}_key") for quantity in QUANTITIES}
+    return {name: getattr(options, f"{name}_key") for name in (*QUANTITIES, *INPUTS)}
+
+
+def fit_to(frames: LabelledFrames, models: list[torch.nn.Module]) -> tuple[LabelledFrames, str]:
+    """The frames that all `models` can predict, with what those read of them; a word on others.
+
+    Raises:
+        DataError: there are none, or something that a model reads is missing or makes no sense.
+    """
+    from mace_lora.results.labelled import known_to, with_inputs, without_stress_of_slabs
+    from mace_lora.upstream.graphs import sees_cells
+    from mace_lora.upstream.inputs import inputs_of
+
+    frames, left_out = known_to(frames, [{int(z) for z in m.atomic_numbers} for m in models])
+    if any(sees_cells(model) for model in models):
+        frames = without_stress_of_slabs(frames)
+    inputs = {name: item for model in models for name, item in inputs_of(model).items()}
+    return with_inputs(frames, inputs), left_out
 
 
 def table(

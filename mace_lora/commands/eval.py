@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mace_lora.commands import common
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.parsing import ExistingAdapter, ExistingFile
 from mace_lora.upstream.known import ExistingModel
 
 if TYPE_CHECKING:
     import torch
 
-    from mace_lora.results.evaluation import Frames, Values
+    from mace_lora.results.labelled import LabelledFrames, Values
 
 EXAMPLES = """\
   mace_lora eval --model ethanol.model --data test.xyz
@@ -58,13 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="config_type",
         help="the key of a frame that says its configuration type (default: config_type)",
     )
-    parser.add_argument("--head", help="the head of the model, where it has several")
+    parser.add_argument(
+        "--head", help="the head that predicts, where a model has several and frames name none"
+    )
     common.add_data_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    from mace_lora.model.description import check_head
-    from mace_lora.results.evaluation import UNITS, known_to, predict, read_frames, with_fitted_e0s
+    from mace_lora.results.evaluation import UNITS, head_of_each, predict_values, with_fitted_e0s
+    from mace_lora.results.labelled import read_frames
     from mace_lora.results.pictures import parity
 
     paths = [options.data, *([options.forgetting] if options.forgetting else [])]
@@ -72,14 +74,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.picture:
         common.check_folder(options.picture, "picture")
     compared = _models(options)
-    for model in compared.values():
-        check_head(model, options.head, "--head")
-    known = [{int(z) for z in model.atomic_numbers} for model in compared.values()]
-    files, left_out = zip(*(known_to(frames, known) for frames in files), strict=True)
+    _check_head(options.head, compared)
+    models = [column.model for column in compared.values()]
+    fitting = [common.fit_to(frames, models) for frames in files]
+    files = [frames for frames, _ in fitting]
+    heads = [
+        {
+            name: head_of_each(frames, column.model, name, column.head)
+            for name, column in compared.items()
+        }
+        for frames in files
+    ]
     predictions: list[dict[str, Values]] = [{} for _ in files]
-    for name, model in compared.items():
-        for frames, values in zip(files, predictions, strict=True):
-            values[name] = predict(model, frames, options.batch_size, options.head)
+    for name, column in compared.items():
+        for frames, head, values in zip(files, heads, predictions, strict=True):
+            values[name] = predict_values(column.model, frames, head[name], options.batch_size)
             if options.fit_e0s:
                 values[name] = with_fitted_e0s(frames, values[name])
     if options.picture:
@@ -88,7 +97,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "units": UNITS,
         "metric": options.metric,
         "picture": options.picture,
-        "left_out": [said for said in left_out if said],
+        "left_out": [left_out for _, left_out in fitting if left_out],
+        "said": list(dict.fromkeys(said for frames in files for said in frames.said)),
+        "heads": _heads_used(heads, compared),
         "files": [
             _result(path, frames, values)
             for path, frames, values in zip(paths, files, predictions, strict=True)
@@ -96,22 +107,55 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _models(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
+class _Column(NamedTuple):
+    """One of the models that are compared, and the head of it that was asked for."""
+
+    model: torch.nn.Module
+    head: str | None
+
+
+def _models(options: argparse.Namespace) -> dict[str, _Column]:
     """The model and the adapted ones, by the names of their files."""
     from mace_lora.api.files import load_adapter
+    from mace_lora.model import artefact
+    from mace_lora.model.description import heads as heads_of
 
-    found = {Path(options.model).stem: common.load(options.model, "model")}
+    adapted: dict[str, _Column] = {}
+    base, base_head = common.load(options.model, "model"), options.head
+    own = Path(options.model).stem
     for folder in options.adapter:
         name = Path(folder).resolve().name
-        if name in found:
+        if name in (own, *adapted):
             name = str(folder)
-        if name in found:
+        if name in (own, *adapted):
             raise ConfigError(f"--adapter names {folder} twice")
-        found[name] = load_adapter(options.model, folder)
-    return found
+        adapted[name] = _Column(load_adapter(options.model, folder), options.head)
+        if options.head not in heads_of(base):  # the one that the adapter's run started from
+            base_head = artefact.read(folder).base.get("head") or base_head
+    return {own: _Column(base, base_head), **adapted}
 
 
-def _result(path: str, frames: Frames, values: dict[str, Values]) -> dict[str, Any]:
+def _check_head(head: str | None, compared: dict[str, _Column]) -> None:
+    """Raises ConfigError where --head names a head that none of the models has."""
+    from mace_lora.model.description import heads as heads_of
+
+    known = dict.fromkeys(h for column in compared.values() for h in heads_of(column.model))
+    if head is not None and head not in known:
+        raise ConfigError(f"--head={head}: no model has such a head; {did_you_mean(head, known)}")
+
+
+def _heads_used(
+    heads: list[dict[str, list[str]]], compared: dict[str, _Column]
+) -> dict[str, list[str]]:
+    """By model the heads that have predicted; empty where all models have but one."""
+    from mace_lora.model.description import heads as heads_of
+
+    if all(len(heads_of(column.model)) == 1 for column in compared.values()):
+        return {}
+    return {name: sorted({h for file in heads for h in file[name]}) for name in compared}
+
+
+def _result(path: str, frames: LabelledFrames, values: dict[str, Values]) -> dict[str, Any]:
     from mace_lora.results.evaluation import as_json, errors
 
     return {
@@ -122,7 +166,10 @@ def _result(path: str, frames: Frames, values: dict[str, Values]) -> dict[str, A
 
 
 def text(data: dict[str, Any]) -> str:
-    parts = []
+    parts = list(data["said"])
+    if data["heads"]:
+        used = (f"{', '.join(heads)} of {name}" for name, heads in data["heads"].items())
+        parts.append(f"heads: {'; '.join(used)}")
     for file in data["files"]:
         parts.append(f"{file['path']}: {file['frames']} frames")
         for quantity, unit in data["units"].items():

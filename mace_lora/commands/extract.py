@@ -9,13 +9,18 @@ frames.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mace_lora.commands import common
 from mace_lora.config import AdapterConfig
 from mace_lora.files import size
 from mace_lora.parsing import ExistingFile
 from mace_lora.upstream.known import ExistingModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from mace_lora.results.labelled import LabelledFrames
 
 # Relative changes below this are rounding, and not shown
 NOTHING = 1e-6
@@ -55,7 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from mace_lora.api.extraction import extract
     from mace_lora.api.files import load_adapter
     from mace_lora.model import artefact
-    from mace_lora.results.evaluation import errors, known_to, predict, read_frames
+    from mace_lora.results.labelled import read_frames
 
     artefact.check_free(options.output)
     config = AdapterConfig.create(
@@ -82,14 +87,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "fine-tuned": finetuned,
             "adapter": load_adapter(options.base, options.output),
         }
-        known = [{int(z) for z in model.atomic_numbers} for model in models_by_name.values()]
-        frames, _ = known_to(frames, known)
         result["data"] = options.data
-        result["errors"] = {
-            name: errors(frames, predict(model, frames, options.batch_size))[0].mae
-            for name, model in models_by_name.items()
-        }
+        result |= _measure(frames, models_by_name, options)
     return result
+
+
+def _measure(
+    frames: LabelledFrames, models: dict[str, torch.nn.Module], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The errors of several models, and what is to be said of the frames."""
+    from mace_lora.results.evaluation import errors, head_of_each, predict_values
+
+    frames, left_out = common.fit_to(frames, list(models.values()))
+    found = {}
+    for name, model in models.items():
+        heads = head_of_each(frames, model, name, options.head)
+        found[name] = errors(frames, predict_values(model, frames, heads, options.batch_size))[0]
+    said = [*frames.said, *([left_out] if left_out else [])]
+    return {"errors": {name: row.mae for name, row in found.items()}, "said": said}
 
 
 def text(data: dict[str, Any]) -> str:
@@ -117,6 +132,7 @@ def text(data: dict[str, Any]) -> str:
         table = [
             [name, *(f"{mae[q]:.2f}" for q in measured)] for name, mae in data["errors"].items()
         ]
+        lines += data["said"]
         lines.append(f"{data['data']}: MAE")
         lines.append(common.table(["", *(f"{q} ({UNITS[q]})" for q in measured)], table))
     return "\n".join(lines)

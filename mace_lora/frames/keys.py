@@ -28,12 +28,10 @@ DEFAULTS = {
 # Labels that are taken under ASE's own name, which is that of the label
 EVIDENT_LABELS = ("energy", "forces", "stress")
 # Names that an input goes by; those of the spin are its multiplicity
-_EVIDENT_INPUTS = {
+ALIASES = {
     "total_charge": ("total_charge", "charge", "net_charge"),
     "total_spin": ("total_spin", "spin", "multiplicity", "spin_multiplicity"),
 }
-# Inputs that hardly any file has, and that nobody misses
-_SELDOM = ("external_field", "fermi_level")
 # How a key looks that may hold a property
 _LOOKS = {
     "energy": re.compile(r"energ|^e$|^e_?tot|^e_?(dft|ref)|toten", re.IGNORECASE),
@@ -59,8 +57,7 @@ class Keys:
 
     Attributes:
         names: key by property, as in DEFAULTS.
-        said: what was taken without being asked for, and what a model takes a default for; a
-            sentence each, for the log.
+        said: what was taken without being asked for, a sentence each, for the log.
     """
 
     names: dict[str, str]
@@ -134,8 +131,6 @@ def remedy(frames: Sequence[ase.Atoms], lacking: Mapping[str, str]) -> str:
     meant = {label: candidates(frames, label) for label in lacking}
     first = {label: found[0] for label, found in meant.items() if found}
     text = f"the file has {shown}{more}"
-    if not lacking:
-        return text
     if not first:
         return f"{text}; name the right ones with {_listed(f'--{label}_key' for label in lacking)}"
     others = [
@@ -220,27 +215,20 @@ def _evident_input(
         DataError: it can't be told.
     """
     found = candidates(frames, item.name)
-    called = item.name.replace("_", " ")
-    lacks = f"{path} has no {called} under the key {asked!r}, and the model reads one"
     differs = [key for key in found if not _is_all(frames, key, item.default)]
     if not differs:  # no key, or nothing but neutral frames
-        if item.default is None:
-            raise DataError(
-                f"{lacks}: give each frame a value of {item.name}; {remedy(frames, {})}"
-            )
-        if item.name in _SELDOM:
-            return asked, ""
-        return asked, f"{lacks}: it is {item.default:g} for every frame"
+        return asked, ""
+    lacks = f"{path} has no {item.called} under the key {asked!r}, and the model reads one"
     best = differs[0]
     is_evident = (
         asked == DEFAULTS.get(item.name, item.key)
-        and best in _EVIDENT_INPUTS.get(item.name, ())
+        and best in ALIASES.get(item.name, ())
         and all(_same(frames, best, other) for other in differs[1:])
         and not (item.name == "total_spin" and _has_zero(frames, best))
     )
     if is_evident:
         return best, f"{lacks}: taken is {best!r} (--{item.name}_key={best})"
-    said = f"{lacks}: without it every frame counts as {item.default:g}"
+    said = f"{lacks}: without it every frame counts as {item.default or 0:g}"
     if item.name == "total_spin":
         said += " (the multiplicity 2S + 1 is needed)"
     paste = " or ".join(f"--{item.name}_key={key}" for key in differs)

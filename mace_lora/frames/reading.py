@@ -29,7 +29,10 @@ def read_atoms(path: str | Path, most: int | None = None) -> list[ase.Atoms]:
         DataError: ASE can't read it.
     """
     try:
-        found = ase.io.read(path, index=":" if most is None else f":{most}")
+        # ASE would take what follows an @ in the name of a file for frames to choose
+        found = ase.io.read(
+            path, index=":" if most is None else f":{most}", do_not_split_by_at_sign=True
+        )
     except Exception as error:  # ASE raises many kinds for a broken file
         raise DataError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     return found if isinstance(found, list) else [found]

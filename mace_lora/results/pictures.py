@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mace_lora.files import whole_file
-from mace_lora.results.evaluation import FAR, UNITS, Frames, Values
+from mace_lora.results.evaluation import FAR, UNITS
+from mace_lora.results.labelled import LabelledFrames, Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ MOST_POINTS = 20000
 
 
 def parity(
-    data: Sequence[tuple[Frames, Mapping[str, Values]]], path: str | Path, title: str = ""
+    data: Sequence[tuple[LabelledFrames, Mapping[str, Values]]], path: str | Path, title: str = ""
 ) -> None:
     """Predictions against labels: a row per file, a panel per quantity, a colour per model.
 

@@ -14,27 +14,21 @@ import torch
 from ase.data import chemical_symbols
 
 from mace_lora.config import AdapterConfig
+from mace_lora.frames.keys import DEFAULTS
 from mace_lora.model import artefact
 from mace_lora.model.description import describe
 from mace_lora.model.report import InjectionReport
-from mace_lora.results.evaluation import (
-    UNITS,
-    Errors,
-    Frames,
-    Values,
-    errors,
-    frames_of,
-    predict,
-    read_frames,
-)
+from mace_lora.results.evaluation import UNITS, Errors, errors, predict_values
+from mace_lora.results.labelled import LabelledFrames, Values, frames_of, read_frames, with_inputs
 from mace_lora.results.page import Page
 from mace_lora.results.pictures import parity
 from mace_lora.results.progress import History
 from mace_lora.upstream import known, predicting
+from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.types import Dataset
 
 # Frames with what each model, by name, predicts for them
-Sets = list[tuple[Frames, dict[str, Values]]]
+Sets = list[tuple[LabelledFrames, dict[str, Values]]]
 # More frames than this of one set are not predicted again for the page
 MOST_FRAMES = 500
 
@@ -63,9 +57,9 @@ def write(
         valid_sets: validation data sets by head.
         files: gives what the run left, and what each is.
     """
-    folder, name = Path(args.model_dir), args.name
+    folder, name, batch_size = Path(args.model_dir), args.name, args.valid_batch_size
     sets = [
-        (frames, {name: predict(model, frames, args.valid_batch_size, head)})
+        (frames, {name: predict_values(model, frames, [head] * len(frames.atoms), batch_size)})
         for head, frames in _labelled(args, model, valid_sets)
     ]
     picture, path = folder / f"{name}_parity.png", folder / f"{name}_report.html"
@@ -92,7 +86,7 @@ def _versions() -> str:
 
 def _labelled(
     args: argparse.Namespace, model: torch.nn.Module, valid_sets: dict[str, Dataset]
-) -> list[tuple[str, Frames]]:
+) -> list[tuple[str, LabelledFrames]]:
     """Validation and test frames, some of them where there are many, each with its head."""
     found = []
     for head, dataset in valid_sets.items():
@@ -101,10 +95,10 @@ def _labelled(
         if atoms:
             found.append((head, frames_of(atoms, label)))
     if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
-        keys = {q: getattr(args, f"{q}_key") for q in ("energy", "forces", "stress")}
-        test = read_frames(args.test_file, keys, most=MOST_FRAMES)
+        asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
+        test = read_frames(args.test_file, asked, most=MOST_FRAMES)
         found.append((list(valid_sets)[-1], test))
-    return found
+    return [(head, with_inputs(frames, inputs_of(model))) for head, frames in found]
 
 
 def _results(page: Page, args: argparse.Namespace, history: History, sets: Sets, name: str) -> None:

@@ -41,6 +41,11 @@ class Input:
     lowest: int | None = None
     highest: int | None = None
 
+    @property
+    def called(self) -> str:
+        """What messages call it: total charge."""
+        return self.name.replace("_", " ")
+
 
 def inputs_of(model: torch.nn.Module) -> dict[str, Input]:
     """The inputs of a model, by name; most models have none."""

@@ -10,8 +10,10 @@ import ase
 import torch
 
 from mace_lora.errors import MergeMismatch
+from mace_lora.model.description import heads as heads_of
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.graphs import Graphs
+from mace_lora.upstream.graphs import Configuration, Graphs
+from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.precision import default_dtype
 
 # Outputs that are compared when a merge is proved; a model gives some of them
@@ -113,6 +115,7 @@ def has(graph: Any, label: str) -> bool:
 def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
     """The first frames of a data set of mace-torch as `ase.Atoms`, labelled by the default keys."""
     numbers = model.atomic_numbers.cpu()
+    inputs = inputs_of(model).values()
     found = []
     for i in range(min(n_frames, len(dataset))):
         data = dataset[i]
@@ -127,46 +130,58 @@ def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.At
                 place[f"REF_{name}"] = getattr(data, name).numpy()
         if has(data, "stress"):
             atoms.info["REF_stress"] = data.stress.reshape(3, 3).numpy()
+        for item in inputs:
+            place = atoms.arrays if item.per_atom else atoms.info
+            place[item.key] = getattr(data, item.name).numpy()
         found.append(atoms)
     return found
 
 
 def frames_to_batch(
-    frames: Iterable[Any], model: torch.nn.Module, head: str | None = None, **keys: str
+    frames: Iterable[ase.Atoms], model: torch.nn.Module, head: str | None = None
 ) -> Any:
     """ASE frames as one batch for `model`, in its precision, on its device.
 
     Args:
-        frames: `ase.Atoms` with labels under mace-torch's default keys (REF_energy, REF_forces).
+        frames: with labels under mace-torch's default keys (REF_energy, REF_forces).
         model: gives elements, cutoff and heads.
         head: of the model, the last one if None.
-        keys: other names for the labels, `energy_key="energy"` for example.
     """
-    batches = upstream.module("mace.tools.torch_geometric").Batch
-    with default_dtype(next(model.parameters()).dtype):
-        batch = batches.from_data_list(frames_to_data(frames, model, head, **keys))
-    return batch.to(next(model.parameters()).device)
+    return _batch(frames_to_data(frames, model, head), model)
 
 
 def frames_to_data(
-    frames: Iterable[Any], model: torch.nn.Module, head: str | None = None, **keys: str
+    frames: Iterable[ase.Atoms], model: torch.nn.Module, head: str | None = None
 ) -> list[Any]:
     """ASE frames as a data set of mace-torch; the arguments are those of `frames_to_batch`."""
     data = upstream.module("mace.data")
-    defaults = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
-    specification = data.update_keyspec_from_kwargs(data.KeySpecification(), {**defaults, **keys})
-    table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
-    heads = getattr(model, "heads", None) or ["Default"]
-    graphs = Graphs.of(model)
-    with default_dtype(next(model.parameters()).dtype):
-        return [
-            graphs.from_config(
-                data.config_from_atoms(
-                    atoms, key_specification=specification, head_name=head or heads[-1]
-                ),
-                z_table=table,
-                cutoff=float(model.r_max),
-                heads=heads,
-            )
+    keys = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
+    specification = data.update_keyspec_from_kwargs(data.KeySpecification(), keys)
+    head = head or heads_of(model)[-1]
+    return _graphs(
+        [
+            data.config_from_atoms(atoms, key_specification=specification, head_name=head)
             for atoms in frames
-        ]
+        ],
+        model,
+    )
+
+
+def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Module) -> Any:
+    """Frames as one batch for `model`, in its precision, on its device."""
+    return _batch(_graphs(frames, model), model)
+
+
+def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Any]:
+    table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
+    settings = {"z_table": table, "cutoff": float(model.r_max), "heads": heads_of(model)}
+    make = Graphs.of(model)
+    with default_dtype(next(model.parameters()).dtype):
+        return [make.from_config(frame, **settings) for frame in frames]
+
+
+def _batch(graphs: list[Any], model: torch.nn.Module) -> Any:
+    batches = upstream.module("mace.tools.torch_geometric").Batch
+    with default_dtype(next(model.parameters()).dtype):
+        batch = batches.from_data_list(graphs)
+    return batch.to(next(model.parameters()).device)

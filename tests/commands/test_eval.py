@@ -18,7 +18,7 @@ from helpers.running import tool_prints as run
 from mace.calculators import MACECalculator
 
 from mace_lora import load_adapter, merge
-from mace_lora.results.evaluation import Frames, Values
+from mace_lora.results.labelled import LabelledFrames, Values
 from mace_lora.results.pictures import parity
 
 
@@ -156,7 +156,7 @@ def test_what_is_taken_for_something_else_is_told(base, base_file, labelled, tmp
 def test_a_head_that_the_model_does_not_have(base_file, labelled):
     """It was taken for the last head without a word."""
     flags = ["--model", base_file, "--data", labelled, "--head", "Defualt"]
-    assert "--head=Defualt: the model has no such head" in failure("eval", *flags)
+    assert "--head=Defualt: no model has such a head" in failure("eval", *flags)
 
 
 def test_a_model_with_other_e0s_does_not_squeeze_the_others(tmp_path):
@@ -165,7 +165,7 @@ def test_a_model_with_other_e0s_does_not_squeeze_the_others(tmp_path):
     unknown = np.full((41, 3, 3), np.nan)
     labels = Values(energies, np.full((41, 3), np.nan), unknown)
     atoms = [ase.Atoms("H")] * 41
-    frames = Frames("frames", atoms, labels, np.ones(41, dtype=int), np.full(41, "none"))
+    frames = LabelledFrames("frames", atoms, labels, np.ones(41, dtype=int), np.full(41, "none"))
     far = replace(labels, energy=energies + 400.0)
     parity([(frames, {"one": labels, "two": far})], tmp_path / "p.png")
     from matplotlib.image import imread

@@ -109,12 +109,11 @@ def test_charge_and_spin_are_evident(charge, spin):
     assert (f"--total_spin_key={spin}" in told) == (spin != "total_spin")
 
 
-def test_neutral_frames_are_said_to_be_so():
-    found = find_inputs(read("REF_energy=1"))
-    assert len(found.said) == 2
-    assert "no total charge under the key 'total_charge'" in found.said[0]
-    assert "it is 0 for every frame" in found.said[0]
-    assert "it is 1 for every frame" in found.said[1]
+def test_neutral_frames_need_no_key():
+    for header in ("", "charge=0 spin=1"):
+        found = find_inputs(read(f"REF_energy=1 {header}"))
+        assert found.names == keys.DEFAULTS
+        assert not found.said
 
 
 @pytest.mark.parametrize(
@@ -134,11 +133,3 @@ def test_what_may_be_a_charge_or_spin_is_not_passed_over(header, expected):
 def test_a_wrong_key_of_the_charge():
     with pytest.raises(DataError, match=r"under the key 'Q'.*add --total_charge_key=charge"):
         find_inputs(read("REF_energy=1 charge=1 spin=1"), total_charge="Q")
-
-
-def test_an_input_without_a_default_must_be_there():
-    temperature = {"temperature": Input("temperature", "T", None)}
-    with pytest.raises(DataError, match=r"no temperature under the key 'T'.*has REF_energy"):
-        keys.find("a.xyz", read("REF_energy=1"), keys.DEFAULTS, inputs=temperature)
-    found = keys.find("a.xyz", read("REF_energy=1 T=3"), keys.DEFAULTS, inputs=temperature)
-    assert found.names["temperature"] == "T"

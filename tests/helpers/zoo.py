@@ -48,6 +48,11 @@ def _energy(heads: int = 1, elements: int = 3) -> dict[str, Any]:
     }
 
 
+def _categorical(classes: int, offset: int = 0) -> dict[str, Any]:
+    embedded = {"type": "categorical", "per": "graph", "emb_dim": 4}
+    return {**embedded, "num_classes": classes, "offset": offset}
+
+
 _RESIDUAL = _interactions("Residual")
 _BIASED = modules.readout_classes["NonLinearBiasReadoutBlock"]
 # name -> (class, arguments)
@@ -126,6 +131,18 @@ ZOO: dict[str, tuple[type, dict[str, Any]]] = {
             "atomic_multipoles_max_l": 1,
             "field_feature_max_l": 1,
             "readout_cls": modules.NonLinearReadoutBlock,
+        },
+    ),
+    "charge_spin": (  # as OMol's
+        modules.ScaleShiftMACE,
+        {
+            **_HCO,
+            **_RESIDUAL,
+            **_energy(),
+            "embedding_specs": {
+                "total_charge": _categorical(5, offset=2),
+                "total_spin": _categorical(5),
+            },
         },
     ),
     "foundation": (
