@@ -25,19 +25,26 @@ def make_adapter(
     elements: tuple[int, ...] | None = None,
     shift: float = 0.0,
     std: float = 0.3,
+    heads: tuple[str, ...] = ("Default",),
     **options: Any,
 ) -> Path:
-    """An adapter of `base`, for some of its elements or all, its E0s moved by `shift` (eV) each."""
+    """An adapter of `base`, for some of its elements or all, its E0s moved by `shift` (eV) each.
+
+    Of several heads each further one has E0s lower by 1 eV.
+    """
     own = describe(base)
     elements = elements or own["atomic_numbers"]
     places = [own["atomic_numbers"].index(z) for z in elements]
     run = {
         **own,
         "atomic_numbers": list(elements),
-        "heads": ["Default"],
-        "atomic_energies": [[own["atomic_energies"][0][i] + shift for i in places]],
+        "heads": list(heads),
+        "atomic_energies": [
+            [own["atomic_energies"][0][i] + shift - k for i in places] for k in range(len(heads))
+        ],
+        **{name: own[name] * len(heads) for name in ("scale", "shift")},
     }
-    if list(elements) == own["atomic_numbers"]:
+    if list(elements) == own["atomic_numbers"] and len(heads) == 1:
         start = deepcopy(base)
         restore_constants(start, run)
     else:
