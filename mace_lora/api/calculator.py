@@ -20,6 +20,7 @@ from mace_lora.frames.keys import ALIASES
 from mace_lora.frames.labels import under
 from mace_lora.model.merging import merge
 from mace_lora.upstream import library, loading
+from mace_lora.upstream.devices import check_device
 from mace_lora.upstream.inputs import Input, inputs_of
 
 # Those of MACECalculator
@@ -68,7 +69,9 @@ class MaceLoraCalculator(Calculator):
         **keywords: Any,
     ) -> None:
         super().__init__()
-        _check_settings(device, default_dtype)
+        if default_dtype not in ("", "float32", "float64"):
+            raise ConfigError(f"default_dtype={default_dtype!r}: float32 or float64 is needed")
+        check_device(device, default_dtype, called="device=")
         self.base = loading.given(base, device, flag="base")
         self._settings = {
             "device": device,
@@ -212,18 +215,6 @@ def _same(one: object, other: object) -> bool:
     if one is None or other is None:
         return one is other
     return bool(np.array_equal(np.asarray(one), np.asarray(other)))
-
-
-def _check_settings(device: str, default_dtype: str) -> None:
-    """Raises ConfigError where torch has no such device or MACE no such precision."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r}: cpu or cuda is expected ({error})") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
-    if default_dtype not in ("", "float32", "float64"):
-        raise ConfigError(f"default_dtype={default_dtype!r}: float32 or float64 is needed")
 
 
 def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:

@@ -36,6 +36,9 @@ _NEEDED = (
     *("device", "default_dtype", "seed", "work_dir", "restart_latest"),
 )
 _FILES = ("train_file", "valid_file", "test_file", "test_dir", "statistics_file")
+_REPLAY_FILES = ("pt_train_file", "pt_valid_file")
+# Values of --pt_train_file that name a data set, which mace-torch downloads
+_REPLAY_SETS = ("mp", "omat", "matpes_pbe", "matpes_r2scan")
 
 
 class _Default:
@@ -210,8 +213,9 @@ def check_files(args: argparse.Namespace) -> None:
         known.ExistingModel(args.foundation_model).check(
             f"--foundation_model={args.foundation_model}"
         )
-    for flag in _FILES:
-        _check_paths(f"--{flag}", getattr(args, flag))
+    for flag in (*_FILES, *_REPLAY_FILES):
+        if getattr(args, flag) not in _REPLAY_SETS:
+            _check_paths(f"--{flag}", getattr(args, flag))
     for name, head in _heads(args):
         for flag in _FILES:
             _check_paths(f"--heads, {name}: {flag}", head.get(flag))
