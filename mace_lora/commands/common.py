@@ -94,11 +94,12 @@ def fit_to(frames: LabelledFrames, models: list[torch.nn.Module]) -> tuple[Label
     Raises:
         DataError: there are none, or something that a model reads is missing or makes no sense.
     """
+    from mace_lora.model.description import atomic_numbers
     from mace_lora.results.labelled import known_to, with_inputs, without_stress_of_slabs
     from mace_lora.upstream.graphs import sees_cells
     from mace_lora.upstream.inputs import inputs_of
 
-    frames, left_out = known_to(frames, [{int(z) for z in m.atomic_numbers} for m in models])
+    frames, left_out = known_to(frames, [set(atomic_numbers(model)) for model in models])
     if any(sees_cells(model) for model in models):
         frames = without_stress_of_slabs(frames)
     inputs = {name: item for model in models for name, item in inputs_of(model).items()}

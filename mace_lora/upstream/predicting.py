@@ -10,6 +10,7 @@ import ase
 import torch
 
 from mace_lora.errors import MergeMismatch
+from mace_lora.model.description import atomic_numbers
 from mace_lora.model.description import heads as heads_of
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration, Graphs
@@ -173,7 +174,7 @@ def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Mod
 
 
 def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Any]:
-    table = upstream.module("mace.tools").AtomicNumberTable([int(z) for z in model.atomic_numbers])
+    table = upstream.module("mace.tools").AtomicNumberTable(atomic_numbers(model))
     settings = {"z_table": table, "cutoff": float(model.r_max), "heads": heads_of(model)}
     make = Graphs.of(model)
     with default_dtype(next(model.parameters()).dtype):
