@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 
 from mace_lora.api.files import load_adapter
 from mace_lora.errors import ConfigError, DataError
-from mace_lora.frames.inputs import check
+from mace_lora.frames.inputs import InputCheck
 from mace_lora.frames.keys import ALIASES
 from mace_lora.frames.labels import under
 from mace_lora.model.merging import merge
@@ -182,7 +182,7 @@ class MaceLoraCalculator(Calculator):
                 tables[0][item.name] = _evident_key(atoms, item)
         keys = {**tables[0], **tables[1]}
         values = {name: under(atoms, keys[name]) for name in inputs}
-        check("atoms", [("0", len(atoms), values)], inputs, keys)
+        InputCheck("atoms", inputs, keys).see("0", len(atoms), values)
 
     def _check_elements(self, atoms: ase.Atoms) -> None:
         known = set(self._current.z_table.zs)

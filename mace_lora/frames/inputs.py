@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,46 +13,65 @@ from mace_lora.upstream.inputs import Input
 _SELDOM = ("external_field", "fermi_level")
 
 
-def check(
-    path: str,
-    frames: Iterable[tuple[str, int, Mapping[str, object | None]]],
-    inputs: Mapping[str, Input],
-    keys: Mapping[str, str],
-) -> list[str]:
-    """Check the inputs of a model in the frames of one file.
+class InputCheck:
+    """The inputs of a model in the frames of one file, seen one frame after the other.
 
     Args:
         path: of the file, for messages.
-        frames: for each frame where it stands, its number of atoms, and its properties by name.
         inputs: of the model, by name.
         keys: under which they stand in the file, for messages.
-
-    Returns:
-        A sentence for each input for which the model takes a default in some frames or all.
-
-    Raises:
-        DataError: a value that the model can't take, or one that is missing and has no default.
     """
-    places: dict[str, list[str]] = {name: [] for name in inputs}
-    count = 0
-    for place, n_atoms, properties in frames:
-        count += 1
-        for name, item in inputs.items():
-            value = properties.get(name)
+
+    def __init__(
+        self, path: str, inputs: Mapping[str, Input], keys: Mapping[str, str] | None = None
+    ) -> None:
+        self._path, self._inputs, self._keys = path, inputs, keys or {}
+        self._without: dict[str, list[str]] = {name: [] for name in inputs}
+        self._count = 0
+
+    def see(self, place: str, n_atoms: int, properties: Mapping[str, object]) -> None:
+        """Look at one frame: where it stands, its number of atoms, its properties by name.
+
+        Raises:
+            DataError: a value that the model can't take, or one that is missing without a default.
+        """
+        self._count += 1
+        for item in self._inputs.values():
+            value = properties.get(item.name)
+            if value is None and item.default is None:
+                raise DataError(
+                    f"{self._path}, frame {place} has no {self._called(item)}: the model needs "
+                    "one for each frame"
+                )
             if value is None:
-                places[name].append(place)
+                self._without[item.name].append(place)
                 continue
             problem = _problem(item, value, n_atoms)
             if problem:
                 raise DataError(
-                    f"{path}, frame {place}: {item.called} (key {keys.get(name, item.key)!r}) "
-                    f"is {value}: {problem}"
+                    f"{self._path}, frame {place}: {self._called(item)} is {value}: {problem}"
                 )
-    said = (
-        _gaps(path, item, keys.get(name, item.key), places[name], count)
-        for name, item in inputs.items()
-    )
-    return [sentence for sentence in said if sentence]
+
+    def gaps(self) -> list[str]:
+        """A sentence for each input for which the model takes a default, in some frames or all."""
+        said = []
+        for name, places in self._without.items():
+            item = self._inputs[name]
+            if not places or (len(places) == self._count and name in _SELDOM):
+                continue
+            what = f"no {self._called(item)}: the model takes {item.default:g} for"
+            if len(places) == self._count:
+                said.append(f"{self._path} has {what} every frame")
+            else:
+                said.append(
+                    f"{self._path}: {len(places)} of {self._count} frames, frame {places[0]} the "
+                    f"first, have {what} them"
+                )
+        return said
+
+    def _called(self, item: Input) -> str:
+        key = self._keys.get(item.name)
+        return f"{item.called} (key {key!r})" if key else item.called
 
 
 def _problem(item: Input, value: object, n_atoms: int) -> str | None:
@@ -71,21 +90,3 @@ def _problem(item: Input, value: object, n_atoms: int) -> str | None:
     if (numbers < item.lowest).any() or (numbers > item.highest).any():
         return f"the model knows {item.lowest} to {item.highest}"
     return None
-
-
-def _gaps(path: str, item: Input, key: str, places: list[str], count: int) -> str | None:
-    if not places:
-        return None
-    called = f"{item.called} (key {key!r})"
-    if item.default is None:
-        raise DataError(
-            f"{path}, frame {places[0]} has no {called}: the model needs one for each frame"
-        )
-    if len(places) == count:
-        if item.name in _SELDOM:
-            return None
-        return f"{path} has no {called}: the model takes {item.default:g} for every frame"
-    return (
-        f"{path}: {len(places)} of {count} frames have no {called}, frame {places[0]} the first: "
-        f"the model takes {item.default:g} for them"
-    )

@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 
 from mace_lora.errors import DataError
 from mace_lora.frames import keys
-from mace_lora.frames.inputs import check as check_inputs
+from mace_lora.frames.inputs import InputCheck
 from mace_lora.frames.keys import DEFAULTS
 from mace_lora.frames.labels import labels as labels_in
 from mace_lora.frames.labels import type_of, under
@@ -154,12 +154,11 @@ def with_inputs(frames: LabelledFrames, inputs: Mapping[str, Input]) -> Labelled
         DataError: a value is missing or makes no sense, or it can't be told where it stands.
     """
     found = keys.find(frames.name, frames.atoms, frames.keys, wanted=(), inputs=inputs)
-    properties = (
-        (str(i), len(a), {name: under(a, found.names[name]) for name in inputs})
-        for i, a in enumerate(frames.atoms)
-    )
-    told = check_inputs(frames.name, properties, inputs, found.names)
-    return replace(frames, keys=found.names, said=(*frames.said, *found.said, *told))
+    check = InputCheck(frames.name, inputs, found.names)
+    for i, atoms in enumerate(frames.atoms):
+        values = {name: under(atoms, found.names[name]) for name in inputs}
+        check.see(str(i), len(atoms), values)
+    return replace(frames, keys=found.names, said=(*frames.said, *found.said, *check.gaps()))
 
 
 def without_stress_of_slabs(frames: LabelledFrames) -> LabelledFrames:

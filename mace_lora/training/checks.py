@@ -39,22 +39,6 @@ def numbers(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag}={value}: {words} is needed")
 
 
-def heads(args: argparse.Namespace) -> None:
-    """Raises ConfigError where --heads is no table of tables."""
-    if args.heads is None:
-        return
-    try:
-        table = ast.literal_eval(args.heads) if isinstance(args.heads, str) else args.heads
-        if table and all(isinstance(head, dict) for head in table.values()):
-            return
-    except (ValueError, TypeError, SyntaxError, AttributeError):
-        pass
-    raise ConfigError(
-        f"--heads={args.heads}: a table of tables is needed, such as "
-        "\"{'one': {'train_file': 'one.xyz', 'E0s': 'estimated'}}\""
-    )
-
-
 def known_elements(args: argparse.Namespace, foundation: Any) -> None:
     """Raises ConfigError where --atomic_numbers names what the loaded foundation model lacks."""
     if foundation is None or args.atomic_numbers is None:

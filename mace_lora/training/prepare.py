@@ -10,10 +10,11 @@ import torch
 from mace_lora.config import RunOptions
 from mace_lora.errors import ConfigError
 from mace_lora.frames import stored
-from mace_lora.training import checks
+from mace_lora.training import checks, flags
 from mace_lora.training.arguments import check_files
 from mace_lora.training.epochs import processes
 from mace_lora.upstream import loading, rebuilding
+from mace_lora.upstream.devices import check_device
 from mace_lora.upstream import names as upstream
 
 # Models that mace-torch builds from a foundation model
@@ -41,8 +42,10 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
             "(mini, medium_off, ..., or a .model file)"
         )
     _refuse_contradictions(args)
+    check_device(args.device, args.default_dtype)
     checks.numbers(args)
-    checks.heads(args)
+    flags.check_heads(args)
+    flags.check(args)
     checks.optional_packages(args)
     if args.wandb:
         upstream.check("wandb")
@@ -54,7 +57,7 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
         args.foundation_model
     ):  # else mace-torch loads it: see `remember_foundation`
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
-        foundation = loading.load(args.foundation_model, _device(args), dtype)
+        foundation = loading.load(args.foundation_model, args.device, dtype)
         rebuilding.check_rebuildable(foundation, args)
     checks.folders_writable(args)
     checks.known_elements(args, foundation)
@@ -68,12 +71,6 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
         args.enable_cueq, args.only_cueq = True, False
     args.lora = True  # mace-torch's switch for calling `inject_LoRAs` and `merge_lora_weights`
     return foundation
-
-
-def _device(args: argparse.Namespace) -> str:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch finds no CUDA device; use --device=cpu")
-    return str(args.device)
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
@@ -91,10 +88,6 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--name={args.name}: files are called by it, so it can't be empty or hold a /; for "
             "another folder give --work_dir"
-        )
-    if args.loss == "dipole":
-        raise ConfigError(
-            "--loss=dipole is for models of dipoles alone, which can't be adapted by this command"
         )
     if not args.foundation_filter_elements:
         raise ConfigError(

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from mace_lora.errors import DataError
-from mace_lora.frames.inputs import check
+from mace_lora.frames.inputs import InputCheck
 from mace_lora.upstream.inputs import Input, inputs_of
 
 CHARGE = Input("total_charge", "total_charge", 0.0, lowest=-2, highest=2)
 
 
 def said(*values: object, item: Input = CHARGE) -> list[str]:
-    frames = [(str(i), 2, {item.name: value}) for i, value in enumerate(values)]
-    return check("a.xyz", frames, {item.name: item}, {item.name: "charge"})
+    check = InputCheck("a.xyz", {item.name: item}, {item.name: "charge"})
+    for i, value in enumerate(values):
+        check.see(str(i), 2, {item.name: value})
+    return check.gaps()
 
 
 def test_the_inputs_of_models(build):
@@ -47,7 +49,7 @@ def test_values_that_it_does_not_know(value, expected):
 
 def test_gaps_are_told():
     assert said(0, None, 1, None) == [
-        "a.xyz: 2 of 4 frames have no total charge (key 'charge'), frame 1 the first: the model "
+        "a.xyz: 2 of 4 frames, frame 1 the first, have no total charge (key 'charge'): the model "
         "takes 0 for them"
     ]
     assert said(None, None) == [

@@ -7,6 +7,7 @@ things in the same order, so that an uninterrupted run has the same losses bit f
 mace-torch for each of them (`train_one_epoch`, `evaluate`, `valid_err_log`). What it does
 differently:
 
+- the last epoch is validated whatever `--eval_interval` says, and so can be the one that is saved;
 - patience ends a run of one process too; mace-torch says "Stopping optimization" and goes on;
 - the average over the weights of stage two is not computed: mace-torch never uses it.
 """
@@ -164,9 +165,14 @@ class Loop:
             distributed_model=self.given.distributed_model,
             rank=self.rank,
         )
-        if at.epoch % self.given.eval_interval == 0:
+        if at.epoch % self.given.eval_interval == 0 or self._is_last_of_its_stage():
             self._validate_and_judge()
         at.epoch, at.steps = at.epoch + 1, 0
+
+    def _is_last_of_its_stage(self) -> bool:
+        """mace-torch saves the best of the validated epochs, which may be the first alone."""
+        ends = [self.given.max_num_epochs, *([self.swa.start] if self.swa is not None else [])]
+        return self.at.epoch + 1 in ends
 
     def _begin_epoch(self) -> None:
         at = self.at
