@@ -78,7 +78,7 @@ def _full_cell(frame: Configuration) -> Array:
     if not periodic.any():
         return np.eye(3)
     cell = np.where(periodic[:, None], np.asarray(frame.cell, dtype=float), 0.0)
-    return cell if periodic.all() else np.asarray(complete_cell(cell))  # type: ignore[no-untyped-call]
+    return cell if periodic.all() else np.asarray(complete_cell(cell))
 
 
 def is_alone(frame: Configuration, cutoff: float) -> bool:
@@ -88,6 +88,6 @@ def is_alone(frame: Configuration, cutoff: float) -> bool:
     periodic = periodic_in(frame)
     if not any(periodic):
         return True
-    cell, _ = minkowski_reduce(_full_cell(frame), pbc=periodic)  # type: ignore[no-untyped-call]
+    cell, _ = minkowski_reduce(_full_cell(frame), pbc=periodic)
     lengths: Any = np.linalg.norm(cell, axis=1)
     return bool(min(lengths[list(periodic)]) > cutoff)

@@ -47,7 +47,7 @@ class WeightedLoss(torch.nn.Module):
             pred: outputs of a model.
             ddp: whether to average over all processes; None where there are several.
         """
-        total: Tensor = sum(  # type: ignore[assignment]
+        total: Tensor = sum(
             getattr(self.loss, f"{name}_weight")
             * upstream.original("reduce_loss")(_like(error, ref.weight, ref) * error, ddp)
             for name, term in self._terms.items()
@@ -140,7 +140,8 @@ def _absolute_energy(loss: Any, ref: Any, pred: Predictions) -> Tensor:
 def _length_of_forces(loss: Any, ref: Any, pred: Predictions) -> Tensor:
     del loss
     length = torch.linalg.vector_norm(_difference("forces", ref, pred), dim=-1)
-    return _like(length, ref["forces_weight"], ref) * length
+    weighted: Tensor = _like(length, ref["forces_weight"], ref) * length
+    return weighted
 
 
 def _square(name: str, scale: float = 1.0) -> Term:

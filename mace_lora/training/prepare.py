@@ -14,8 +14,8 @@ from mace_lora.training import checks, flags
 from mace_lora.training.arguments import check_files
 from mace_lora.training.epochs import processes
 from mace_lora.upstream import loading, rebuilding
-from mace_lora.upstream.devices import check_device
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.devices import check_device
 
 # Models that mace-torch builds from a foundation model
 _FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")

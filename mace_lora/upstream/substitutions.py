@@ -257,8 +257,8 @@ SUBSTITUTED: dict[str, Row] = {
         "MACELoss(loss_fn)",
         "the same over labelled frames, each process on its own; its `forward` adds a batch and "
         "computes nothing",
-        "frames without a label count as 0 in some errors; losses come out as many times too large as there are processes, and the run hangs "
-        "where one has a batch more",
+        "frames without a label count as 0 in some errors; losses come out as many times too large "
+        "as there are processes, and the run hangs where one has a batch more",
         "677 (open) for the hanging",
     ),
     "merge": _in_run(
