@@ -2,77 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mace_lora.adapters.options import AdapterOptions
 from mace_lora.adapters.registry import options_of
 from mace_lora.errors import ConfigError, did_you_mean
 
-# How a step is computed: name -> for whom
-WAYS: dict[str, str] = {
-    "auto": "the one that is expected to be fastest for this run and machine",
-    "eager": "mace-torch's own operations",
-    "fused": "on a CPU: kernels for the products of MACE",
-    "compile": "fused, and the rest as one graph; minutes to compile, kept for the next run",
-    "cudagraph": "on a GPU: whole steps captured once, then replayed",
-}
 # Options that say how factors are trained, not what they mean
 _FREE_TO_CHANGE = {"dropout", "lr_ratio", "init"}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a training run with an adapter that mace-torch doesn't have. Each is a flag."""
-
-    adapter_start: str | None = field(
-        default=None,
-        metadata={
-            "help": "an adapter directory to go on from: its factors, and its method and options "
-            "where no flag says otherwise",
-            "type": str,
-            "metavar": "DIR",
-        },
-    )
-    warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "optimiser steps during which the learning rate rises to --lr in a straight "
-            "line"
-        },
-    )
-    accumulate: int = field(
-        default=1,
-        metadata={
-            "help": "batches whose gradients make one optimiser step: as a batch so much larger, "
-            "in the memory of one"
-        },
-    )
-    checkpoint_seconds: float = field(
-        default=600.0,
-        metadata={
-            "help": "a long epoch is saved in between, after the step at which so many seconds "
-            "have passed; 0: after each step"
-        },
-    )
-    step: str = field(
-        default="auto",
-        metadata={
-            "help": "how steps and evaluations are computed, with the same results: "
-            + "; ".join(f"{k}: {v}" for k, v in WAYS.items()),
-            "choices": tuple(WAYS),
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.step not in WAYS:
-            raise ConfigError(f"--step={self.step}: {did_you_mean(self.step, WAYS)}")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
-        if self.accumulate < 1:
-            raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
-        if not self.checkpoint_seconds >= 0:
-            raise ConfigError(f"--checkpoint_seconds={self.checkpoint_seconds}: 0 or more")
 
 
 @dataclass(frozen=True)

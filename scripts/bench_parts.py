@@ -18,9 +18,10 @@ from e3nn import o3  # noqa: E402
 from mace import modules  # noqa: E402
 from torch_ema import ExponentialMovingAverage  # noqa: E402
 
+from mace_lora.backends.base import Backend  # noqa: E402
 from mace_lora.config import AdapterConfig  # noqa: E402
 from mace_lora.model.injection import inject  # noqa: E402
-from mace_lora.training.epochs.speed import Speed  # noqa: E402
+from mace_lora.training.epochs.computing import Computing  # noqa: E402
 from mace_lora.upstream import library, predicting  # noqa: E402
 from mace_lora.upstream import names as upstream  # noqa: E402
 
@@ -81,11 +82,10 @@ class Contender:
         self.name, self.model = name, base().to(data.dtype).to(data.device)
         self.device = data.device
         self.loader = data.loader()
-        self.batches: Any = self.loader
         self.batch = next(iter(self.loader)).to(self.device)
         if name.endswith(CUEQ):  # before the adapters, which mace-torch's own order drops
             self.model = upstream.original("to_cueq")(self.model, device=self.device)
-        self._way: Any = None
+        self._backend: Backend | None = None
         if name.startswith(UPSTREAM):
             rank = config.options.rank if config.method == "lora" else 4
             upstream.original("inject")(self.model, rank=rank, alpha=1.0)
@@ -93,10 +93,9 @@ class Contender:
             self._evaluate: Any = upstream.original("evaluate")
         else:
             inject(self.model, config)
-            speed = Speed(name.removesuffix(CUEQ))
-            self._take, self._evaluate = speed.take_step, speed.evaluate
-            speed.plan(self.model, self.loader, {"valid": self.loader}, epochs=1)
-            self.batches, self._way = speed.batches(self.loader), speed.way
+            computing = Computing(name.removesuffix(CUEQ))
+            self._take, self._evaluate = computing.take_step, computing.evaluate
+            self._backend = computing.backend(self.model)
         self.optimizer = torch.optim.Adam(self.trained(), lr=1e-4, amsgrad=True)
         self.ema = ExponentialMovingAverage(self.trained(), decay=0.99)
         self.loss_fn = modules.WeightedEnergyForcesLoss(1.0, 100.0).to(self.device)
@@ -110,7 +109,7 @@ class Contender:
 
     def step_and_batch(self) -> float:
         """Seconds of one training step, its batch made from the data set."""
-        return _timed(lambda: self._step(next(iter(self.batches))))
+        return _timed(lambda: self._step(next(iter(self.loader))))
 
     def _step(self, batch: Any) -> None:
         self._take(
@@ -138,19 +137,19 @@ class Contender:
 
     def forward(self) -> float:
         """Seconds of energies and forces alone: the floor of a step."""
-        computing = contextlib.nullcontext() if self._way is None else self._way.active(self.model)
-        with computing:
+        backend = self._backend
+        with contextlib.nullcontext() if backend is None else backend.active(self.model):
             return _timed(lambda: self.model(self.batch.to_dict(), compute_force=True))
 
     def gradients(self) -> list[torch.Tensor]:
         """Of the weights, after one step: Adam's first mean is a tenth of the clipped gradient."""
-        self._step(next(iter(self.batches)))
+        self._step(next(iter(self.loader)))
         return [self.optimizer.state[p]["exp_avg"].clone() for p in self.trained()]
 
     def after(self, steps: int) -> dict[str, torch.Tensor]:
         """Weights and averages after some whole steps."""
         for _ in range(steps):
-            self._step(next(iter(self.batches)))
+            self._step(next(iter(self.loader)))
         found = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         return found | {f"EMA {i}": s.clone() for i, s in enumerate(self.ema.shadow_params)}
 

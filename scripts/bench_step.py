@@ -7,7 +7,7 @@ Both programs take mace-torch's own `take_step` (Adam with amsgrad, EMA, clippin
 of the size of MACE-OFF23 medium with untrained weights, whose arithmetic is the same. Steps of all
 contenders take turns, so that a busy machine slows all of them alike, and a result is the ratio of
 the median times. Memory is the peak of a process of its own. On a GPU: `--device=cuda`, which also
-checks that the captured step gives the gradients of eager.
+checks that captured steps give the gradients of eager.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from typing import Any
 
 import ase.io
 import bench_parts
-import numpy as np
 import torch
 from bench_parts import CLOCKS, CUEQ, UPSTREAM, Contender, Data, medium, take_turns
 
-from mace_lora.backends.padding import plan, sizes
+from mace_lora.backends.registry import BACKENDS
 from mace_lora.config import AdapterConfig
-from mace_lora.upstream import loading, predicting
+from mace_lora.upstream import loading
 
 STEPS_CHECKED = 5
 # The whole run: rMD17's quick validation
@@ -65,7 +64,7 @@ class Bench:
         self.args = args
         self.frames = ase.io.read(args.frames, index=f":{max([*args.growth, *args.batch_size])}")
         self.elements = sorted({int(z) for f in self.frames for z in f.numbers})
-        self.ways = [w for w in args.ways if w != "eager"]
+        self.backends = [b for b in args.backends if b != "eager"]
 
     def data(self, n: int, dtype: torch.dtype, base: torch.nn.Module | None = None) -> Data:
         base = (base or medium(self.elements, channels=1)).to(dtype)
@@ -89,10 +88,10 @@ class Bench:
 
     def names(self) -> list[str]:
         """Who takes turns; the first one is what the others are compared with."""
-        names = [UPSTREAM, "eager", *self.ways]
+        names = [UPSTREAM, "eager", *self.backends]
         if self.args.device != "cuda" or importlib.util.find_spec("cuequivariance_torch") is None:
             return names
-        return [*names, UPSTREAM + CUEQ, *(w + CUEQ for w in self.ways)]
+        return [*names, UPSTREAM + CUEQ, *(b + CUEQ for b in self.backends)]
 
     def steps(self) -> None:
         names = self.names()
@@ -132,7 +131,7 @@ class Bench:
 
     def growth(self) -> None:
         rows = []
-        names = [UPSTREAM, "eager", *(w for w in self.ways if w != "compile")]
+        names = [UPSTREAM, "eager", *self.backends]
         for n in self.args.growth:
             data = self.data(n, torch.float64)
             config = AdapterConfig.create("lora", rank=4)
@@ -155,7 +154,7 @@ class Bench:
     def memory(self) -> None:
         """Peak memory of processes that take three steps each, as batches grow."""
         rows = []
-        names = [UPSTREAM, "eager", *(w for w in self.ways if w != "compile")]
+        names = [UPSTREAM, "eager", *self.backends]
         for n in sorted({*self.args.growth, self.args.batch_size[0]}):
             found = [self._memory_of(name, n) for name in names]
             rows.append([str(n), str(self.data(n, torch.float64).sizes()[0]), *found])
@@ -193,7 +192,7 @@ class Bench:
     def whole_run(self) -> None:
         """Wall time of the two commands, from start to finished model, evaluations included."""
         frames = ase.io.read(self.args.frames, index=f":{2 * RUN_FRAMES}")
-        ours = [sys.executable, "-m", "mace_lora", "train", f"--step={self.ways[-1]}"]
+        ours = [sys.executable, "-m", "mace_lora", "train", f"--step={self.backends[-1]}"]
         theirs = [sys.executable, "-c", "from mace.cli.run_train import main; main()"]
         rows = []
         with tempfile.TemporaryDirectory() as name:
@@ -205,7 +204,7 @@ class Bench:
             flags = [*RUN_FLAGS, f"--max_num_epochs={self.args.whole_run}"]
             flags += [f"--device={self.args.device}", f"--foundation_model={folder}/medium.model"]
             flags += [f"--{part}_file={folder}/{part}.xyz" for part in ("train", "valid")]
-            for who, command in ((UPSTREAM, theirs), (f"--step={self.ways[-1]}", ours)):
+            for who, command in ((UPSTREAM, theirs), (f"--step={self.backends[-1]}", ours)):
                 (folder / who).mkdir()
                 start = time.perf_counter()
                 environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -227,40 +226,22 @@ class Bench:
         )
         table(title, ["command", "wall time"], rows)
 
-    def padding(self) -> None:
-        """Shapes for shuffled batches of frames of different molecules."""
-        frames = [f for path in self.args.mixed for f in ase.io.read(path, index=":50")]
-        elements = sorted({int(z) for f in frames for z in f.numbers})
-        model = medium(elements, channels=1).double()
-        sizes_of = [sizes(predicting.frames_to_batch([f], model).to_dict()) for f in frames]
-        draw, rows = np.random.default_rng(0), []
-        for n in (5, 10, 32):
-            batches = [
-                tuple(int(s) for s in np.sum([sizes_of[i] for i in chosen], axis=0))
-                for chosen in (draw.choice(len(frames), n, replace=False) for _ in range(300))
-            ]
-            shapes, waste = plan(batches)
-            edges = ", ".join(str(s.edges) for s in shapes)
-            rows.append([str(n), edges, f"{100 * waste:.1f} %"])
-        title = f"Padding of mixed molecules, {len(self.args.mixed)} data sets"
-        table(title, ["frames per batch", "edges of the shapes", "wasted edges"], rows)
-
     def check(self) -> None:
         """The largest differences from eager's: of the first gradients, and after whole steps."""
         data = self.data(self.args.batch_size[0], torch.float64)
         rows, config = [], AdapterConfig.create("lora", rank=4, init="orthogonal")
         found = {}
-        for name in ("eager", *self.ways):
+        for name in ("eager", *self.backends):
             torch.manual_seed(1)
             contender = Contender(name, data, self.base, config)
             gradients = dict(enumerate(contender.gradients()))
             found[name] = gradients, contender.after(STEPS_CHECKED - 1)
-        for name in self.ways:
+        for name in self.backends:
             worst = [_apart(a, b) for a, b in zip(found["eager"], found[name], strict=True)]
             rows.append([name, *(f"{w:.1e}" for w in worst)])
         after = f"weights and averages after {STEPS_CHECKED} steps"
         title = "Against eager, the largest difference relative to the largest value of a tensor"
-        table(title, ["way", "first gradients", after], rows)
+        table(title, ["backend", "first gradients", after], rows)
 
 
 def _apart(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> float:
@@ -276,8 +257,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--frames", required=True, help="frames of one molecule, extended xyz")
-    parser.add_argument("--mixed", nargs="*", default=[], help="data sets for the padding table")
-    parser.add_argument("--ways", nargs="+", default=None, help="fused compile cudagraph")
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), help="beside eager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=7)
@@ -290,7 +270,7 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     on_cuda = args.device == "cuda"
-    args.ways = args.ways or (["cudagraph"] if on_cuda else ["fused"])
+    args.backends = args.backends or (["cudagraph"] if on_cuda else ["fused"])
     args.batch_size = args.batch_size or ([5, 64] if on_cuda else [5])
     if args.growth is None:
         args.growth = [1, 5, 20, 64, 128, 256, 512] if on_cuda else [1, 5, 20]
@@ -311,8 +291,6 @@ def main() -> None:
         bench.memory()
     if args.whole_run:
         bench.whole_run()
-    if args.mixed:
-        bench.padding()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mace_lora.adapters.options import AdapterOptions
 from mace_lora.adapters.registry import METHODS, options_of
-from mace_lora.config import RunOptions
+from mace_lora.training.options import RunOptions
 
 PAGE = Path(__file__).parent.parent / "configs" / "README.md"
 BEGIN, END = "<!-- flags: written by scripts/flags_page.py -->", "<!-- end of flags -->"

@@ -1,12 +1,11 @@
-"""Ways to compute a training step, and which one a run takes.
+"""Backends: how a model computes a training step, an evaluation or a prediction.
 
-A way makes the model itself faster for the length of a block: `with way.active(model):` the same
-call gives the same numbers, with the same gradients, sooner. Loss and metrics stay mace-torch's
-own, clipping, optimiser and averages too unless they are captured, so that every option of theirs
-works with every way.
+A backend makes the model itself faster for the length of a block: `with backend.active(model):`
+the same call gives the same numbers, with the same gradients, sooner. Loss, metrics, clipping,
+optimiser and averages stay mace-torch's own, so that every option of theirs works with every
+backend.
 
-    eager      mace-torch's own operations; effective weights computed once per step, no TorchScript
-    fused      CPU: kernels for the products of MACE, no TorchScript; any shapes, no waiting
-    compile    fused, and the rest of the step as one graph through inductor; few fixed shapes
-    cudagraph  CUDA: whole steps captured once per shape and replayed, but for the loss
+`registry` lists the backends, one file each; `choice` picks one. The other files are parts: `csrc`,
+`library`, `kernels` and `products` of the fused products, `plain_layers` and `replacing` of every
+backend that does without TorchScript, `padding` of those that need fixed shapes.
 """

@@ -20,6 +20,7 @@ The C++ behind them is `csrc/products.cpp`. Layouts of features are e3nn's throu
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,14 +79,13 @@ def conv(
         tables, sizes: of a `products.Convolution`.
     """
     x, y, w, g = (t if t is None else t.contiguous() for t in (x, y, w, g))
-    out = _empty(by, x, y, w, g, senders, receivers, tables, sizes)
-    node = x if x is not None else g
+    out: Tensor = _empty(by, x, y, w, g, senders, receivers, tables, sizes)
+    node = _given(x, g)
     paths, entries, values, x_blocks, out_blocks = tables
     values = values.to(out.dtype)
-    shared = (
-        *(node.shape[0], senders.shape[0], *sizes, paths, paths.shape[0], entries, values),
-        *(x_blocks, x_blocks.shape[0], out_blocks, out_blocks.shape[0]),
-    )
+    counts = (node.shape[0], senders.shape[0], *sizes)
+    shared: list[Tensor | int] = [*counts, paths, paths.shape[0], entries, values]
+    shared += [x_blocks, x_blocks.shape[0], out_blocks, out_blocks.shape[0]]
     edges = (senders, receivers)
     if by == "g":
         _call("conv_by_g", out.dtype, x, y, w, *edges, out, *shared)
@@ -98,10 +98,27 @@ def conv(
     return out
 
 
-@conv.register_fake
-def _empty(by, x, y, w, g, senders, receivers, tables, sizes):
-    channels, x_dim, y_dim, out_dim = sizes
+def _given(x: Tensor | None, g: Tensor | None) -> Tensor:
+    """One of the two per node: at most one argument of Q is left out."""
     node = x if x is not None else g
+    assert node is not None
+    return node
+
+
+@conv.register_fake
+def _empty(
+    by: str,
+    x: Tensor | None,
+    y: Tensor | None,
+    w: Tensor | None,
+    g: Tensor | None,
+    senders: Tensor,
+    receivers: Tensor,
+    tables: list[Tensor],
+    sizes: list[int],
+) -> Tensor:
+    channels, x_dim, y_dim, out_dim = sizes
+    node = _given(x, g)
     shape = {
         "x": (node.shape[0], channels * x_dim),
         "y": (senders.shape[0], y_dim),
@@ -111,13 +128,13 @@ def _empty(by, x, y, w, g, senders, receivers, tables, sizes):
     return node.new_empty(shape)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     by, x, y, w, g, senders, receivers, tables, sizes = inputs
     ctx.save_for_backward(x, y, w, g, senders, receivers, *tables)
     ctx.by, ctx.sizes = by, sizes
 
 
-def _differentiate(ctx, cotangent: Tensor):
+def _differentiate(ctx: Any, cotangent: Tensor) -> tuple[object, ...]:
     *arguments, senders, receivers = ctx.saved_tensors[:6]
     tables = list(ctx.saved_tensors[6:])
     mine = "xywg".index(ctx.by)
@@ -212,30 +229,34 @@ def contract_by_p(
 
 
 @contract.register_fake
-def _(x, p, element, terms, n_k):
+def _(x: Tensor, p: Tensor, element: Tensor, terms: Tensor, n_k: int) -> Tensor:
     return x.new_empty(*x.shape[:2], n_k)
 
 
 @contract_by_x.register_fake
-def _(x, p, element, g, terms):
+def _(x: Tensor, p: Tensor, element: Tensor, g: Tensor, terms: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @contract_twice.register_fake
-def _(x, p, element, g, a, terms):
+def _(
+    x: Tensor, p: Tensor, element: Tensor, g: Tensor, a: Tensor, terms: Tensor
+) -> tuple[Tensor, Tensor]:
     return g.new_empty(g.shape), x.new_empty(x.shape)
 
 
 @contract_by_p.register_fake
-def _(x, element, g, a, terms, n_elements):
+def _(
+    x: Tensor, element: Tensor, g: Tensor, a: Tensor | None, terms: Tensor, n_elements: int
+) -> Tensor:
     return x.new_empty(n_elements, terms.shape[0], x.shape[1])
 
 
-def _keep_contract(ctx, inputs, output) -> None:
+def _keep_contract(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 
-def _differentiate_contract(ctx, g: Tensor):
+def _differentiate_contract(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, p, element, terms = ctx.saved_tensors
     by_x = contract_by_x(x, p, element, g, terms) if ctx.needs_input_grad[0] else None
     by_p = None
@@ -244,11 +265,11 @@ def _differentiate_contract(ctx, g: Tensor):
     return by_x, by_p, None, None, None
 
 
-def _keep_by_x(ctx, inputs, output) -> None:
+def _keep_by_x(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_by_x(ctx, a: Tensor):
+def _differentiate_by_x(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
     x, p, element, g, terms = ctx.saved_tensors
     by_g, by_x = contract_twice(x, p, element, g, a, terms)
     by_p = None

@@ -6,7 +6,8 @@ of another shape than the kernels know is left as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ class Convolution(torch.nn.Module):
 
     def __init__(self, product: o3.TensorProduct) -> None:
         super().__init__()
-        paths, entries, values = [], [], []
+        paths: list[list[int]] = []
+        entries: list[list[int]] = []
+        values: list[float] = []
         irreps = (product.irreps_in1, product.irreps_in2, product.irreps_out)
         for ins in product.instructions:
             chosen = list(zip(irreps, (ins.i_in1, ins.i_in2, ins.i_out), strict=True))
@@ -49,10 +52,11 @@ class Convolution(torch.nn.Module):
         """x: (nodes, ...), y: (edges, ...), w: (edges, ...) -> messages (nodes, ...)."""
         tables = [self.paths, self.entries, self.values, self.x_blocks, self.out_blocks]
         senders, receivers = edge_index[0], edge_index[1]
-        return conv("g", x, y, w, None, senders, receivers, tables, self.sizes)
+        message: Tensor = conv("g", x, y, w, None, senders, receivers, tables, self.sizes)
+        return message
 
     @staticmethod
-    def fits(product: Any) -> bool:
+    def fits(product: object) -> TypeGuard[o3.TensorProduct]:
         """Whether `product` is one that this class stands in for."""
         if not isinstance(product, o3.TensorProduct) or product.internal_weights:
             return False
@@ -85,7 +89,7 @@ class Contraction(torch.nn.Module):
     those weights act as ever.
     """
 
-    def __init__(self, product: torch.nn.Module) -> None:
+    def __init__(self, product: Any) -> None:
         super().__init__()
         self.parts = list(product.contractions)  # not ours: no entry in our state
         self.orders: list[list[int]] = []
@@ -127,9 +131,9 @@ class Contraction(torch.nn.Module):
         return torch.cat([part.flatten(1) for part in f.split(self.components, dim=2)], dim=1)
 
     @staticmethod
-    def fits(product: Any) -> bool:
+    def fits(product: object) -> TypeGuard[torch.nn.Module]:
         """Whether `product` is one that this class stands in for."""
-        parts = getattr(product, "contractions", None)
+        parts: Iterable[Any] | None = getattr(product, "contractions", None)
         return parts is not None and all(
             hasattr(p, "U_matrix_1")
             and p.correlation <= 3

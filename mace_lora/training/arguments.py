@@ -12,9 +12,10 @@ from typing import Any
 import mace_lora
 from mace_lora import parsing
 from mace_lora.adapters.registry import METHODS, options_of
-from mace_lora.config import AdapterConfig, RunOptions
+from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError
 from mace_lora.parsing import ExistingAdapter, ExistingFile
+from mace_lora.training.options import RunOptions
 from mace_lora.upstream import known
 
 _ABOUT = (

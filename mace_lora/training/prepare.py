@@ -7,12 +7,12 @@ import logging
 
 import torch
 
-from mace_lora.config import RunOptions
 from mace_lora.errors import ConfigError
 from mace_lora.frames import stored
 from mace_lora.training import checks, flags
 from mace_lora.training.arguments import check_files
 from mace_lora.training.epochs import processes
+from mace_lora.training.options import RunOptions
 from mace_lora.upstream import loading, rebuilding
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.devices import check_device

@@ -13,11 +13,12 @@ from typing import Generic, TypeVar, cast, overload
 
 import torch
 
-from mace_lora.config import AdapterConfig, RunOptions
+from mace_lora.config import AdapterConfig
 from mace_lora.errors import WriteError
 from mace_lora.model.description import Description, atomic_numbers
 from mace_lora.model.report import InjectionReport
 from mace_lora.results.progress import History
+from mace_lora.training.options import RunOptions
 from mace_lora.upstream.types import Dataset
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ class Progress:
         lowest_loss: of this stage.
         without_improvement: validations since then.
         stage_two: whether stage two (`--swa`) has begun.
-        way: how the steps of this run are computed, see `speed`.
+        backend: what computes the steps of this run, see `computing`.
     """
 
     epoch: int = 0
@@ -128,7 +129,7 @@ class Progress:
     lowest_loss: float = math.inf
     without_improvement: int = 0
     stage_two: bool = False
-    way: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ from types import SimpleNamespace
 
 import torch
 
-from mace_lora.config import AdapterConfig, RunOptions
+from mace_lora.config import AdapterConfig
 from mace_lora.frames.energies import gaps_told
 from mace_lora.training import losses, metrics, start, summary
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
+from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.signals import StopRequest
-from mace_lora.training.epochs.speed import Speed
 from mace_lora.training.epochs.train import train
 from mace_lora.training.files import saving, writing
 from mace_lora.training.files.checkpoints import Checkpoints
+from mace_lora.training.options import RunOptions
 from mace_lora.training.prepare import prepare
 from mace_lora.training.record import Asked, Foundation, Run
 from mace_lora.upstream import cueq, library, loading, precision
@@ -68,7 +69,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     args = run.asked.args
     data = Data(args, lambda: _model_of(run), run.files)
     starting = start.Start(run, data)
-    speed = Speed(run.asked.options.step)
+    computing = Computing(run.asked.options.step)
     checkpoints = Checkpoints(run)
     ending = saving.Saving(run, checkpoints)
     return {
@@ -93,9 +94,9 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         "lbfgs": optimised.lbfgs,
         "ddp": processes.parallel,
         # trained
-        **speed.substitutes(),
+        **computing.substitutes(),
         "metrics": metrics.metrics,
-        "train": partial(train, run, stop, speed, checkpoints),
+        "train": partial(train, run, stop, computing, checkpoints),
         # saved
         "merge": ending.merge,
         "from_cueq": ending.convert_back(cueq.convert_back),

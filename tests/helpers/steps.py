@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
-from helpers import zoo
-from mace_lora.backends.base import Way
+from mace_lora.backends.base import Backend
 from mace_lora.config import AdapterConfig
 from mace_lora.model.injection import adapter_parameters, inject
 from mace_lora.testing import randomise_
-from mace_lora.upstream.precision import default_dtype
 
 METHODS = {
     "lora": {"targets": ("all",)},
@@ -19,16 +19,27 @@ METHODS = {
 }
 
 
-def adapted(model: torch.nn.Module, method: str = "lora") -> torch.nn.Module:
-    inject(model, AdapterConfig.create(method, **METHODS[method]))
+class Plain(Backend):
+    """The model as it is: what every backend is compared with."""
+
+    name = "plain"
+
+    def active(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def adapted(model: torch.nn.Module, method: str = "lora", **options) -> torch.nn.Module:
+    inject(model, AdapterConfig.create(method, **METHODS[method], **options))
     randomise_(model, std=0.1)
     return model
 
 
-def step(way: Way, model: torch.nn.Module, batch, stress: bool = False, training: bool = True):
+def step(
+    backend: Backend, model: torch.nn.Module, batch, stress: bool = False, training: bool = True
+):
     """(outputs, gradients of the adapters) of one batch, with a weight on every output."""
     parameters = adapter_parameters(model)
-    with way.active(model):
+    with backend.active(model):
         found = model(batch.to_dict(), training=training, compute_stress=stress)
         keys = [k for k in ("energy", "forces", "stress", "dipole") if found.get(k) is not None]
         if not training:
@@ -48,12 +59,3 @@ def differs(one, other) -> float:
     return max(
         ((one[k] - other[k]).abs().max() / one[k].abs().max().clamp_min(1e-12)).item() for k in one
     )
-
-
-def smallest() -> torch.nn.Module:
-    """A model whose graph is small: one layer, vectors, pairs."""
-    kind, arguments = zoo.ZOO["foundation"]
-    torch.manual_seed(0)
-    small = {"num_interactions": 1, "max_ell": 1, "correlation": 2, "radial_MLP": [4]}
-    with default_dtype(torch.float64):
-        return kind(**{**zoo._COMMON, **arguments, **small})

@@ -26,11 +26,10 @@ import torch
 from mace_lora.frames.checks import sources
 from mace_lora.results.progress import ProgressBar
 from mace_lora.training.epochs import processes
+from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.divergence import diverged, has_diverged
 from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.epochs.signals import EXIT_CODE, StopRequest
-from mace_lora.training.epochs.speed import Speed
-from mace_lora.training.epochs.steplog import StepLog
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.record import Run
 from mace_lora.upstream import library
@@ -38,9 +37,6 @@ from mace_lora.upstream.types import Batch, Loader, Metrics, Number, TrainArgume
 
 if TYPE_CHECKING:
     from mace_lora.training.files.checkpoints import Checkpoints
-
-# Epoch, step and frames (indices into the training set) of a step
-Where = tuple[int, int, list[int]]
 
 
 class Loop:
@@ -50,7 +46,7 @@ class Loop:
         run: the record, which has come to `trained`.
         arguments: what mace-torch hands to its `train`.
         stop: says whether a signal has asked for an end.
-        speed: computes the steps.
+        computing: computes the steps.
         checkpoints: writes and restores the state of this loop.
     """
 
@@ -59,7 +55,7 @@ class Loop:
         run: Run,
         arguments: TrainArguments,
         stop: StopRequest,
-        speed: Speed,
+        computing: Computing,
         checkpoints: Checkpoints,
     ) -> None:
         self.run_options = run.asked.options
@@ -76,9 +72,9 @@ class Loop:
         self.max_grad_norm = given.max_grad_norm
         self.rank, self.distributed = given.rank, given.distributed
         self.stop = stop
-        self.speed = speed
+        self.computing = computing
         self.checkpoints = checkpoints
-        self.logger = StepLog(given.logger, self._judge)
+        self.logger = given.logger
         self.steps = Steps(self.run_options)
         self.bar = ProgressBar(0, 0, enabled=False)
         self.resumed = False
@@ -109,10 +105,7 @@ class Loop:
         done = self.at.epoch * per_epoch + self.at.steps
         self.steps.begin(per_epoch, done)
         total = max(self.given.max_num_epochs * per_epoch, done)
-        epochs_left = -(-(total - done) // max(per_epoch, 1))
-        self.at.way = self.speed.plan(
-            self.model, self.train_loader, self.valid_loaders, epochs_left, self.at.way
-        )
+        self.at.backend = self.computing.settle(self.model, self.at.backend)
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
             self._log_settings()
             with self.stop.waiting():
@@ -210,25 +203,22 @@ class Loop:
     def take_step(
         self, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **others: object
     ) -> tuple[Number, Metrics]:
-        """In the place of mace-torch's `take_step`: computed the chosen way, its loss judged."""
+        """In the place of mace-torch's `take_step`: by the chosen backend, its loss judged."""
         loss, metrics = self.steps.take(
-            self.speed.take_step, model=model, optimizer=optimizer, **others
+            self.computing.take_step, model=model, optimizer=optimizer, **others
         )
-        where = self.at.epoch, self.at.steps, self.order.batch(self.at.steps)
-        if torch.is_tensor(metrics["loss"]):  # on a device that works on meanwhile
-            return loss, {**metrics, "where": where}
-        self._judge(float(metrics["loss"]), where)
+        self._judge(float(metrics["loss"]))
         return loss, {**metrics}
 
-    def _judge(self, loss: float, where: Where) -> None:
+    def _judge(self, loss: float) -> None:
         """
         Raises:
             Diverged: the loss of a step is not finite, or has exploded.
         """
         if has_diverged(loss, self.at.initial_loss):
-            epoch, step, indices = where
-            text = f"epoch {epoch}, step {step}{self._name_frames(indices)}"
-            raise diverged(self.args, self.at, "training loss", loss, text)
+            frames = self._name_frames(self.order.batch(self.at.steps))
+            where = f"epoch {self.at.epoch}, step {self.at.steps}{frames}"
+            raise diverged(self.args, self.at, "training loss", loss, where)
         self.bar.step(loss)
 
     def _name_frames(self, indices: list[int]) -> str:
@@ -261,7 +251,6 @@ class Loop:
         raise SystemExit(EXIT_CODE)
 
     def _save(self) -> None:
-        self.logger.flush()  # a run that has diverged is not saved
         if self.rank == 0:
             self.checkpoints.write(self)
         self._saved_at = time.monotonic()
@@ -351,6 +340,6 @@ class _Batches:
     def __iter__(self) -> Iterator[Batch]:
         loop = self._loop
         loop.order.begin(skip=loop.at.steps)
-        for batch in loop.speed.batches(loop.train_loader):
+        for batch in loop.train_loader:
             yield batch
             loop.after_step()

@@ -13,8 +13,8 @@ from typing import cast
 
 import torch
 
-from mace_lora.config import RunOptions
 from mace_lora.model.injection import adapters
+from mace_lora.training.options import RunOptions
 from mace_lora.upstream.types import Number
 
 # mace-torch's `take_step`, or one like it: the loss, and what is logged of the step

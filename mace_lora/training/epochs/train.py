@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 
 from mace_lora.training.epochs import optimised
+from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.loop import Loop
 from mace_lora.training.epochs.signals import StopRequest
-from mace_lora.training.epochs.speed import Speed
 from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.training.record import Run, Trained
 from mace_lora.upstream import library
@@ -17,14 +17,14 @@ from mace_lora.upstream.types import TrainArguments
 
 
 def train(
-    run: Run, stop: StopRequest, speed: Speed, checkpoints: Checkpoints, **keywords: object
+    run: Run, stop: StopRequest, computing: Computing, checkpoints: Checkpoints, **keywords: object
 ) -> None:
     """Train with our own loop, which can be left and continued at any step; see `loop`.
 
     Args:
         run: the record; it comes to `trained` here.
         stop: says whether a signal has asked for an end.
-        speed: computes the steps.
+        computing: computes the steps.
         checkpoints: in the place of mace-torch's.
         keywords: what the script hands to `train`.
     """
@@ -33,13 +33,12 @@ def train(
         n_frames=len(given.train_loader.dataset),
         valid_sets={head: loader.dataset for head, loader in given.valid_loaders.items()},
     )
-    loop = Loop(run, given, stop, speed, checkpoints)
+    loop = Loop(run, given, stop, computing, checkpoints)
     if given.log_wandb and given.rank == 0:
         _describe_to_wandb(run, optimised.count(given.model))
     loop.resume()
     with upstream.substituted({"take_step": loop.take_step}):
         loop.run()
-    speed.say_what_was_gained()
     checkpoints.training_is_over()
     if given.rank == 0 and run.trained.history:
         _draw_learning_curve(run)

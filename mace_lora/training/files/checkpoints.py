@@ -340,7 +340,9 @@ def _copy(parameters: Mapping[str, torch.nn.Parameter], values: Tensors) -> None
 
 def _progress(state: State) -> Progress:
     known = {f.name for f in fields(Progress)}
-    stored = {name: value for name, value in state["progress"].items() if name in known}
+    names = {"way": "backend"}  # as version 0.1 called it
+    renamed = {names.get(name, name): value for name, value in state["progress"].items()}
+    stored = {name: value for name, value in renamed.items() if name in known}
     return Progress(**stored)  # type: ignore[arg-type]  # written from one
 
 

@@ -49,7 +49,7 @@ def _join(parts: list[list[Tensor]], sizes: list[int], like: Tensor) -> Tensor:
 
 def _is_plain_linear(module: o3.Linear) -> bool:
     n_paths = sum(i.path_shape[0] * i.path_shape[1] for i in module.instructions if i.i_in != -1)
-    return module.internal_weights and module.weight.numel() == n_paths > 0
+    return bool(module.internal_weights and module.weight.numel() == n_paths > 0)
 
 
 def _linear(module: o3.Linear) -> Forward:
@@ -90,7 +90,7 @@ def _mix(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
 
 def _is_selector(module: o3.TensorProduct) -> bool:
     """A fully connected product with scalars: MACE's skip connections, by chemical element."""
-    return (
+    return bool(
         module.internal_weights
         and module.shared_weights
         and module.weight.numel() > 0

@@ -1,0 +1,34 @@
+"""Faster code in the place of a model's modules, for the length of a block.
+
+The model's modules, its state and its files are those of mace-torch at all other times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mace_lora.backends.plain_layers import plain_forward
+
+# A module, an attribute of it (`forward` above all), and what stands in its place
+StandIn = tuple[torch.nn.Module, str, object]
+
+
+@contextlib.contextmanager
+def replaced(stand_ins: Sequence[StandIn]) -> Iterator[None]:
+    """Attributes of modules are others meanwhile."""
+    try:
+        for module, name, value in stand_ins:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, _ in stand_ins:
+            module.__dict__.pop(name, None)
+
+
+def plain_layers(model: torch.nn.Module) -> list[StandIn]:
+    """e3nn's layers without TorchScript; modules that aren't known are left as they are."""
+    found = ((module, plain_forward(module)) for module in model.modules())
+    return [(module, "forward", forward) for module, forward in found if forward is not None]

@@ -1,0 +1,91 @@
+"""Where a run of upstream's script computes: steps and evaluations, by the chosen backend."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from mace_lora.backends.base import Backend
+from mace_lora.backends.choice import choose
+from mace_lora.upstream import names as upstream
+
+
+class Computing:
+    """Our functions for what upstream computes again and again.
+
+    Args:
+        name: the value of `--step`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._backend: Backend | None = None
+
+    def substitutes(self) -> dict[str, Any]:
+        """Our functions by key of `upstream.NAMES`."""
+        return {
+            "take_step": self.take_step,
+            "step_of_lbfgs": self.step_of_lbfgs,
+            "evaluate": self.evaluate,
+            "evaluate_at_the_end": self.evaluate,
+        }
+
+    def backend(self, model: torch.nn.Module) -> Backend:
+        """What computes this run, chosen when it is first asked for."""
+        if self._backend is None:
+            self._backend = choose(self._name, _inner(model))
+        return self._backend
+
+    def settle(self, model: torch.nn.Module, before: str = "") -> str:
+        """Choose how the run computes, before its first step.
+
+        Args:
+            model: with its adapters.
+            before: what an earlier part of this run was computed by, "" for none.
+
+        Returns:
+            The name of the backend, for a later part of this run.
+        """
+        name = self.backend(model).name
+        if before not in ("", name):
+            logging.info(
+                f"This run began with --step={before} and goes on in {name}: as if it had not been "
+                "interrupted up to rounding, not bit for bit"
+            )
+        return name
+
+    # ------------------------------------------------------------------ steps and evaluations
+
+    def take_step(self, model: torch.nn.Module, **keywords: Any) -> Any:
+        """Upstream's step on one batch."""
+        with self._active(model):
+            return upstream.original("take_step")(model=model, **keywords)
+
+    def step_of_lbfgs(self, model: torch.nn.Module, **keywords: Any) -> Any:
+        """Upstream's step of LBFGS, which calls the model with changing weights."""
+        with self._active(model, constant_weights=False):
+            return upstream.original("step_of_lbfgs")(model=model, **keywords)
+
+    def evaluate(self, model: torch.nn.Module, *rest: Any, **keywords: Any) -> Any:
+        """Upstream's evaluation of a data set."""
+        with self._active(model):
+            return upstream.original("evaluate")(model, *rest, **keywords)
+
+    @contextlib.contextmanager
+    def _active(self, model: torch.nn.Module, *, constant_weights: bool = True) -> Iterator[None]:
+        """The backend computes meanwhile, the model's effective weights only once."""
+        backend = self.backend(model)
+        keep = constant_weights and backend.caches_weights
+        cached = parametrize.cached() if keep else contextlib.nullcontext()
+        with backend.active(_inner(model)), cached:
+            yield
+
+
+def _inner(model: torch.nn.Module) -> torch.nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model

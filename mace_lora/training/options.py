@@ -1,0 +1,61 @@
+"""Options of a training run with an adapter, beside mace-torch's own. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mace_lora.backends.registry import AUTO, CHOICES, describe
+from mace_lora.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a training run with an adapter that mace-torch doesn't have. Each is a flag."""
+
+    adapter_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "an adapter directory to go on from: its factors, and its method and options "
+            "where no flag says otherwise",
+            "type": str,
+            "metavar": "DIR",
+        },
+    )
+    warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "optimiser steps during which the learning rate rises to --lr in a straight "
+            "line"
+        },
+    )
+    accumulate: int = field(
+        default=1,
+        metadata={
+            "help": "batches whose gradients make one optimiser step: as a batch so much larger, "
+            "in the memory of one"
+        },
+    )
+    checkpoint_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "a long epoch is saved in between, after the step at which so many seconds "
+            "have passed; 0: after each step"
+        },
+    )
+    step: str = field(
+        default=AUTO,
+        metadata={
+            "help": f"how steps and evaluations are computed, with the same results: {describe()}",
+            "choices": CHOICES,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.step not in CHOICES:
+            raise ConfigError(f"--step={self.step}: {did_you_mean(self.step, CHOICES)}")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
+        if self.accumulate < 1:
+            raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
+        if not self.checkpoint_seconds >= 0:
+            raise ConfigError(f"--checkpoint_seconds={self.checkpoint_seconds}: 0 or more")
