@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +13,10 @@ from torch.nn.utils import parametrize
 from mace_lora.backends.base import Backend
 from mace_lora.backends.choice import choose
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import Metrics, Number
+
+# Of one step: the loss, and what is logged
+Stepped = tuple[Number, dict[str, Number]]
 
 
 class Computing:
@@ -27,8 +30,8 @@ class Computing:
         self._name = name
         self._backend: Backend | None = None
 
-    def substitutes(self) -> dict[str, Any]:
-        """Our functions by key of `upstream.NAMES`."""
+    def substitutes(self) -> dict[str, object]:
+        """Our functions by key of `substitutions.ROWS`."""
         return {
             "take_step": self.take_step,
             "step_of_lbfgs": self.step_of_lbfgs,
@@ -62,20 +65,25 @@ class Computing:
 
     # ------------------------------------------------------------------ steps and evaluations
 
-    def take_step(self, model: torch.nn.Module, **keywords: Any) -> Any:
+    def take_step(self, model: torch.nn.Module, **keywords: object) -> Stepped:
         """Upstream's step on one batch."""
         with self._active(model):
-            return upstream.original("take_step")(model=model, **keywords)
+            done: Stepped = upstream.original("take_step")(model=model, **keywords)
+            return done
 
-    def step_of_lbfgs(self, model: torch.nn.Module, **keywords: Any) -> Any:
+    def step_of_lbfgs(self, model: torch.nn.Module, **keywords: object) -> Stepped:
         """Upstream's step of LBFGS, which calls the model with changing weights."""
         with self._active(model, constant_weights=False):
-            return upstream.original("step_of_lbfgs")(model=model, **keywords)
+            done: Stepped = upstream.original("step_of_lbfgs")(model=model, **keywords)
+            return done
 
-    def evaluate(self, model: torch.nn.Module, *rest: Any, **keywords: Any) -> Any:
+    def evaluate(
+        self, model: torch.nn.Module, *rest: object, **keywords: object
+    ) -> tuple[float, Metrics]:
         """Upstream's evaluation of a data set."""
         with self._active(model):
-            return upstream.original("evaluate")(model, *rest, **keywords)
+            found: tuple[float, Metrics] = upstream.original("evaluate")(model, *rest, **keywords)
+            return found
 
     @contextlib.contextmanager
     def _active(self, model: torch.nn.Module, *, constant_weights: bool = True) -> Iterator[None]:
