@@ -9,12 +9,10 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from mace_lora.upstream import names
-from mace_lora.upstream.types import Batch, Dataset, ElementTable, Graph, Loader, Metrics
+from mace_lora.upstream.types import Batch, ElementTable, Graph, Loader, Metrics
 
 if TYPE_CHECKING:
     from mace.calculators import MACECalculator
@@ -76,12 +74,6 @@ def loader(dataset: Sequence[Graph], batch_size: int) -> Loader:
     return made
 
 
-def hdf5(path: str, **settings: object) -> Dataset:
-    """The data set of an HDF5 file; the settings are those of mace-torch's `HDF5Dataset`."""
-    made: Dataset = names.original("hdf5")(path, **settings)
-    return made
-
-
 def reads_with_ase(path: str) -> bool:
     """Whether mace-torch reads this file by ASE, not frame by frame as HDF5 and LMDB.
 
@@ -89,17 +81,6 @@ def reads_with_ase(path: str) -> bool:
         RuntimeError: a folder without HDF5 or LMDB files.
     """
     return bool(names.original("reads_with_ase")(path))
-
-
-def neighbours(
-    positions: npt.NDArray[np.float64],
-    cutoff: float,
-    pbc: tuple[bool, bool, bool],
-    cell: npt.NDArray[np.float64] | None,
-) -> npt.NDArray[np.int64]:
-    """Pairs of atoms within `cutoff` (A), periodic images included: shape (2, n_pairs)."""
-    pairs: npt.NDArray[np.int64] = names.original("neighbours")(positions, cutoff, pbc, cell)[0]
-    return pairs
 
 
 def architecture(model: torch.nn.Module) -> dict[str, object]:

@@ -20,7 +20,6 @@ _DATA = "mace.data"
 # When ours stands there
 RUN = "while mace-torch's script runs"
 CONVERSION = "while a model is converted to cuequivariance"
-FRAME = "while a frame of HDF5 or LMDB is checked"
 PROCESS = "from the first model on, to the end of the process"
 OBJECT = "in single objects"
 NONE_KNOWN = "none known"
@@ -105,8 +104,7 @@ SUBSTITUTED: dict[str, Row] = {
         "dict_head_to_dataclass(head, head_name, args)",
         "the same, with what a statistics file says of elements, and with E0s as numbers where "
         "they are fitted to frames in HDF5 or LMDB",
-        "a statistics file overrules `--E0s`; numbers in it as numpy 2 prints them can't be read",
-        "804 (closed; 0.3.16 still needs it) for the numbers",
+        "a statistics file overrules `--E0s`, and can't be read as numpy 2 prints it (804)",
     ),
     "load_xyz": _in_run(
         _DATA,
@@ -155,6 +153,12 @@ SUBSTITUTED: dict[str, Row] = {
     ),
     "graph_of_replay": _in_run(
         "mace.tools.multihead_tools", "AtomicData", "the same", "as for `mace.data.AtomicData`"
+    ),
+    "graph_of_lmdb": _in_run(
+        "mace.data.lmdb_dataset",
+        "AtomicData",
+        "the same; frames as read while they are checked",
+        "as for `mace.data.AtomicData`",
     ),
     "hdf5": _in_run(
         _DATA,
@@ -290,13 +294,6 @@ SUBSTITUTED: dict[str, Row] = {
         "the converted weights are others than e3nn's, so that an adapter would fit one side only",
         when=CONVERSION,
     ),
-    "graph_of_lmdb": Row(
-        "mace.data.lmdb_dataset",
-        "AtomicData",
-        "as for `mace.data.AtomicData`; gives the frame as it was read while it is checked",
-        "the data set makes a graph of each frame, which loses what is to be checked",
-        when=RUN,
-    ),
     "clebsch_gordan": Row(
         "mace.tools.cg",
         "O3_e3nn.clebsch_gordan",
@@ -334,9 +331,6 @@ CALLED: dict[str, Row] = {
     "parser": Row("mace.tools.arg_parser", "build_default_arg_parser", "its flags"),
     "polar_names": Row(_RUN, "polar_model_names", "which names are of PolarMACE models"),
     "reads_with_ase": Row(_SCRIPTS, "check_path_ase_read(filename)", "which files are .xyz"),
-    "neighbours": Row(
-        "mace.data.neighborhood", "get_neighborhood(positions, cutoff, pbc, cell)", "pairs of atoms"
-    ),
     "train_one_epoch": Row(
         _TRAIN, "train_one_epoch(data_loader, optimizer, ema, epoch)", "all steps of an epoch"
     ),

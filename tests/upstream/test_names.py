@@ -61,7 +61,7 @@ def test_a_changed_signature_is_named(monkeypatch):
         upstream.check()
 
 
-@pytest.mark.parametrize("key", ["batch", "neighbours", "hdf5"])
+@pytest.mark.parametrize("key", ["batch", "elements", "hdf5"])
 def test_a_missing_name_is_told_wherever_it_stands(monkeypatch, key):
     """In a class or a module; only called, or changed in part."""
     holder, name = upstream.holder(key)
