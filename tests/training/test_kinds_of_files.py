@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mace.tools.scripts_utils import get_dataset_from_xyz
 from mace_lora.errors import ConfigError, DataError
 from mace_lora.frames import stored
 from mace_lora.training.data import Data
-from mace_lora.upstream import library
+from mace_lora.upstream import library, predicting
 from mace_lora.upstream import names as upstream
 
 E0S = {1: -13.6, 6: -1029.0, 8: -2042.0}
@@ -76,7 +77,7 @@ def test_e0s_of_isolated_atoms(tmp_path, own):
 
 def test_an_isolated_atom_without_an_energy_is_refused(tmp_path):
     ase.io.write(tmp_path / "a.xyz", [*ethanol("train", 2), *isolated({1: -13.6, 6: None}, False)])
-    with pytest.raises(DataError, match="a.xyz, frame 3 is an isolated atom .* without an energy"):
+    with pytest.raises(DataError, match=r"a.xyz, frame 3 is an isolated atom .* without an energy"):
         Data(flags()).load_xyz(str(tmp_path / "a.xyz"), keys(), extract_atomic_energies=True)
 
 
@@ -125,7 +126,7 @@ def test_forces_alone_are_trained_on(tmp_path, caplog):
 
 def test_a_label_that_no_training_frame_has_is_refused(tmp_path):
     data = load(tmp_path, without(ethanol("train", 3), "REF_energy"), flags())
-    with pytest.raises(DataError, match="a.xyz has no energy .*--energy_weight=0"):
+    with pytest.raises(DataError, match=r"a.xyz has no energy .*--energy_weight=0"):
         data.refuse_missing_labels()
     load(tmp_path, ethanol("train", 3), flags(), data)  # another file has it
     data.refuse_missing_labels()
@@ -200,10 +201,8 @@ def settings_of_head(hdf5: Path, tmp_path: Path, E0s: str | None, base=None) -> 
     (tmp_path / "statistics.json").write_text(f'{{"atomic_energies": "{text}", {numbers}}}')
     files = {"train_file": str(hdf5), "valid_file": str(hdf5), "E0s": E0s}
     asked = {**files, "statistics_file": str(tmp_path / "statistics.json"), "key_specification": 0}
-    rest = dict.fromkeys(
-        ("valid_fraction", "config_type_weights", "compute_avg_num_neighbors", "atomic_numbers")
-        + ("mean", "std", "avg_num_neighbors", "keep_isolated_atoms")
-    )
+    names = "valid_fraction config_type_weights compute_avg_num_neighbors atomic_numbers mean std"
+    rest = dict.fromkeys((*names.split(), "avg_num_neighbors", "keep_isolated_atoms"))
     args = flags(**{**asked, **rest})
     return Data(args, lambda: base).head_config(asked, "Default", args)
 
@@ -232,14 +231,12 @@ def test_e0s_are_fitted_to_the_frames_of_hdf5(hdf5, tmp_path, build):
     frames = ethanol("train", 5)
     energies = [f.info["REF_energy"] for i, f in enumerate(frames) if i != 1]
     counts = np.array([6, 2, 1])
-    table = eval(averaged)
+    table = ast.literal_eval(averaged)
     assert counts @ [table[z] for z in (1, 6, 8)] == pytest.approx(np.mean(energies), abs=1e-6)
-    table = eval(estimated)
+    table = ast.literal_eval(estimated)
     numbers = [int(z) for z in base.atomic_numbers]
     own = dict(zip(numbers, base.atomic_energies_fn.atomic_energies[0].tolist(), strict=True))
     shift = counts @ [table[z] - own[z] for z in (1, 6, 8)]
-    from mace_lora.upstream import predicting
-
     kept = [f for i, f in enumerate(frames) if i != 1]
     found = predicting.predict(base, [predicting.frames_to_batch(kept, base)])["energy"]
     assert shift == pytest.approx(np.mean(energies) - found.mean().item(), abs=1e-6)

@@ -1,4 +1,4 @@
-"""The stress of slabs, wires and molecules in boxes: energy by strain, over the frame's own volume."""
+"""The stress of slabs, wires and molecules: energy by strain, over the volume of their cell."""
 
 from __future__ import annotations
 
