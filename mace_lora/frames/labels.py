@@ -94,9 +94,9 @@ def in_shape(name: str, value: object, n_atoms: int, called: str) -> Array:
         ) from None
     if name in _MATRICES and array.shape == (6,):
         return array[_VOIGT]
-    for shape in _shapes(name, n_atoms):
-        if array.shape == shape:
-            return array.reshape(_shapes(name, n_atoms)[0])
+    shapes = _shapes(name, n_atoms)
+    if array.shape in shapes:
+        return array.reshape(shapes[0])
     expected = " or ".join(map(str, _allowed(name, n_atoms)))
     raise DataError(f"{called} of shape {array.shape}, expected {expected}")
 

@@ -74,11 +74,14 @@ def _with_images(
 
 def _full_cell(frame: Configuration) -> Array:
     """Lattice vectors in periodic directions, unit vectors across them in the others."""
-    periodic = np.array(periodic_in(frame))
-    if not periodic.any():
+    periodic = periodic_in(frame)
+    if not any(periodic):
         return np.eye(3)
-    cell = np.where(periodic[:, None], np.asarray(frame.cell, dtype=float), 0.0)
-    return cell if periodic.all() else np.asarray(complete_cell(cell))
+    cell = np.asarray(frame.cell, dtype=float)
+    if all(periodic):
+        return cell
+    cell = np.where(np.array(periodic)[:, None], cell, 0.0)
+    return np.asarray(complete_cell(cell))
 
 
 def is_alone(frame: Configuration, cutoff: float) -> bool:

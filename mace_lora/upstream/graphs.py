@@ -57,7 +57,7 @@ def periodic_in(frame: Configuration) -> tuple[bool, bool, bool]:
     """The directions in which a frame repeats."""
     if frame.pbc is None:
         return (False, False, False)
-    first, second, third = (bool(p) for p in frame.pbc)
+    first, second, third = map(bool, frame.pbc)
     return first, second, third
 
 
@@ -111,7 +111,10 @@ def is_long_range(kind: str) -> bool:
 
 def has_volume(cell: Any) -> bool:
     """Whether three lattice vectors (rows, A) span one."""
-    return cell is not None and bool(abs(np.linalg.det(np.asarray(cell, dtype=float))) > 1e-6)
+    if cell is None:
+        return False
+    (a, b, c), (d, e, f), (g, h, i) = np.asarray(cell, dtype=float).tolist()
+    return bool(abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)) > 1e-6)
 
 
 def key_names(specification: Any) -> Mapping[str, str]:
