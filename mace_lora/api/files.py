@@ -15,20 +15,26 @@ from mace_lora.upstream import loading, rebuilding
 
 
 def load_foundation(
-    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust: bool = False,
 ) -> torch.nn.Module:
     """A foundation model, to `inject` adapters into.
 
     Args:
-        name: `mini`, a name that mace-torch downloads (`medium_off`, ...), or a `.model` file. A
-            file is a pickle, which can run code: open only those you trust.
+        name: `mini`, a name that mace-torch downloads (`medium_off`, ...), or a `.model` file,
+            of any year and installation. A file is read and the model rebuilt with the installed
+            mace-torch: nothing in the file is run.
         device: where to put it.
         dtype: torch.float32 or torch.float64; None keeps the file's (for `mini`, torch's default).
+        trust: run the file, which can be any program, instead of reading it: for one that can't be
+            read, made by somebody you know.
 
     Raises:
         FoundationModelError: no such file or name, or the file holds no MACE model.
     """
-    return loading.load(name, device, dtype, flag="")
+    return loading.load(name, device, dtype, flag="", trust=trust)
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:

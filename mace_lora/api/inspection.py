@@ -22,27 +22,29 @@ from mace_lora.upstream import loading, rebuilding
 from mace_lora.upstream.known import MINI
 
 
-def inspect(name: str, base: str | None = None) -> Data:
+def inspect(name: str, base: str | None = None, trust: bool = False) -> Data:
     """What stands under a name: `what` says which of the three it is, the rest depends on it.
 
     Args:
         name: an adapter directory, a .model file, a checkpoint, or the name of a foundation model.
         base: the base model of an adapter, where its run's own is not at hand.
+        trust: as in `load_foundation`.
 
     Raises:
         MaceLoraError: there is no such file, or it is none of these.
     """
     if Path(name).is_dir():
-        return _adapter(Path(name), base)
+        known = None if base is None else loading.load(base, flag="base", trust=trust)
+        return _adapter(Path(name), base, known)
     checkpoint = _checkpoint(Path(name)) if Path(name).is_file() else None
-    return _model(name) if checkpoint is None else checkpoint
+    return _model(name, trust) if checkpoint is None else checkpoint
 
 
 # ---------------------------------------------------------------------------- models
 
 
-def _model(name: str) -> dict[str, Any]:
-    model = loading.load(name, flag="")
+def _model(name: str, trust: bool) -> dict[str, Any]:
+    model = loading.load(name, flag="", trust=trust)
     sites, skipped = find_sites(model)
     kinds = Counter(site.layout.kind for site in sites)
     numel: Counter[str] = Counter()
@@ -120,7 +122,7 @@ def _count(value: Any) -> dict[str, int]:
 # ---------------------------------------------------------------------------- adapters
 
 
-def _adapter(folder: Path, base: str | None) -> dict[str, Any]:
+def _adapter(folder: Path, base: str | None, known: torch.nn.Module | None) -> dict[str, Any]:
     content = artefact.read(folder)
     layers: dict[str, dict[str, Any]] = {}
     for name, tensor in content.tensors.items():
@@ -140,7 +142,7 @@ def _adapter(folder: Path, base: str | None) -> dict[str, Any]:
         "parameters": sum(t.numel() for t in content.tensors.values()),
         "layers": layers,
     }
-    model, found["sizes"] = _adapted(folder, base, content)
+    model, found["sizes"] = _adapted(folder, base, known, content)
     if model is not None:
         for change in changes(model):
             norm = float(change.original.norm())
@@ -151,11 +153,11 @@ def _adapter(folder: Path, base: str | None) -> dict[str, Any]:
 
 
 def _adapted(
-    folder: Path, base: str | None, content: artefact.Artefact
+    folder: Path, base: str | None, known: torch.nn.Module | None, content: artefact.Artefact
 ) -> tuple[torch.nn.Module | None, str]:
     """The adapted model, if its base is at hand without a download, and a word about it."""
-    if base is not None:
-        return load_adapter(base, folder), f"relative to the weights of {base}"
+    if known is not None:
+        return load_adapter(known, folder), f"relative to the weights of {base}"
     name = content.base.get("name")
     if name != MINI and not (isinstance(name, str) and Path(name).is_file()):
         return None, "unknown: give the base model with --base"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mace_lora.errors import ConfigError
 from mace_lora.files import whole_file
+from mace_lora.upstream.known import TRUST_HELP
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,22 @@ _INPUT_HELP = {
 
 BASE_HELP = (
     "the foundation model: mini, a name that mace-torch downloads (medium_off, ...), or a .model "
-    "file (a pickle: loading it can run code, so open only those you trust)"
+    "file"
 )
 
 
-def load(path: str, flag: str, dtype: torch.dtype | None = None) -> torch.nn.Module:
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The flag that has .model files run instead of read."""
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
+
+
+def load(
+    path: str, flag: str, dtype: torch.dtype | None = None, trust: bool = False
+) -> torch.nn.Module:
     """A model that a flag names."""
     from mace_lora.upstream import loading
 
-    return loading.load(path, dtype=dtype, flag=flag)
+    return loading.load(path, dtype=dtype, flag=flag, trust=trust)
 
 
 def save(model: torch.nn.Module, path: str) -> None:

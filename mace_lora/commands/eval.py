@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head", help="the head that predicts, where a model has several and frames name none"
     )
     common.add_data_arguments(parser)
+    common.add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _models(options: argparse.Namespace) -> dict[str, _Column]:
     from mace_lora.model.description import heads as heads_of
 
     adapted: dict[str, _Column] = {}
-    base, base_head = common.load(options.model, "model"), options.head
+    base, base_head = common.load(options.model, "model", trust=options.trust), options.head
     own = Path(options.model).stem
     for folder in options.adapter:
         name = Path(folder).resolve().name
@@ -129,7 +130,7 @@ def _models(options: argparse.Namespace) -> dict[str, _Column]:
             name = str(folder)
         if name in (own, *adapted):
             raise ConfigError(f"--adapter names {folder} twice")
-        adapted[name] = _Column(load_adapter(options.model, folder), options.head)
+        adapted[name] = _Column(load_adapter(base, folder), options.head)
         if options.head not in heads_of(base):  # the one that the adapter's run started from
             base_head = artefact.read(folder).base.get("head") or base_head
     return {own: _Column(base, base_head), **adapted}

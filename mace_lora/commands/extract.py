@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", help="the head of the base model, where it has several")
     parser.add_argument("--data", type=ExistingFile, help="labelled frames to measure the error on")
     common.add_data_arguments(parser)
+    common.add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -69,10 +70,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         alpha=float(options.rank),
         targets=tuple(options.targets),
     )
-    finetuned = common.load(options.finetuned, "finetuned")
+    finetuned = common.load(options.finetuned, "finetuned", trust=options.trust)
     dtype = next(finetuned.parameters()).dtype
     frames = read_frames(options.data, common.keys(options)) if options.data else None
-    found = extract(options.base, finetuned, config, options.head)
+    base = common.load(options.base, "base", dtype, options.trust)
+    found = extract(base, finetuned, config, options.head)
+    found.base["name"] = options.base
     found.save(options.output)
     result: dict[str, Any] = {
         "output": options.output,
@@ -83,9 +86,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     if frames is not None:
         models_by_name = {
-            "base": common.load(options.base, "base", dtype),
+            "base": base,
             "fine-tuned": finetuned,
-            "adapter": load_adapter(options.base, options.output),
+            "adapter": load_adapter(base, options.output),
         }
         result["data"] = options.data
         result |= _measure(frames, models_by_name, options)

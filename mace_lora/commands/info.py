@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", help="an adapter directory, a .model file, a checkpoint (.pt), or mini"
     )
     parser.add_argument("--base", type=ExistingModel, help=f"for an adapter: {common.BASE_HELP}")
+    common.add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> Data:
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> Data:
         ExistingModel(options.path).check(options.path)
     from mace_lora.api import inspection
 
-    return inspection.inspect(options.path, options.base)
+    return inspection.inspect(options.path, options.base, options.trust)
 
 
 def text(data: Data) -> str:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", required=True, type=ExistingAdapter, help="the adapter directory"
     )
     parser.add_argument("--output", required=True, help="the .model file to write")
+    common.add_trust(parser)
     parser.add_argument(
         "--alpha",
         type=float,
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> Data:
     from mace_lora.model.merging import changes, merge
     from mace_lora.upstream import gated
 
-    model = load_adapter(options.base, options.adapter)
+    model = load_adapter(common.load(options.base, "base", trust=options.trust), options.adapter)
     updates = list(changes(model))
     gates = [name for name, adapter in adapters(model) if not adapter.mergeable]
     adapted = deepcopy(model)

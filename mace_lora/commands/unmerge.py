@@ -28,13 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the adapter that was merged into it",
     )
     parser.add_argument("--output", required=True, help="the .model file to write")
+    common.add_trust(parser)
 
 
 def run(options: argparse.Namespace) -> Data:
     from mace_lora.api.extraction import unmerge
 
     common.check_folder(options.output, "output")
-    model, exact = unmerge(common.load(options.model, "model"), options.adapter)
+    model, exact = unmerge(
+        common.load(options.model, "model", trust=options.trust), options.adapter
+    )
     common.save(model, options.output)
     return {
         "output": options.output,

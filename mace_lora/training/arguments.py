@@ -79,8 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         _add_method(parser, ours, name)
     for field in fields(RunOptions):
         keywords = {"type": type(field.default), **field.metadata}
+        if keywords["type"] is bool:
+            keywords |= {"type": _boolean, "nargs": "?", "const": True}
         ours.add_argument(f"--{field.name}", default=_Default(field.default), **keywords)
-    parser.set_defaults(lora=_Default(parser.get_default("lora")))
+    for name in ("lora", "multiheads_finetuning"):  # whose defaults are not everybody's
+        parser.set_defaults(**{name: _Default(parser.get_default(name))})
     needed = parser.add_argument_group("what a fine-tuning needs (mace-torch)")
     parsing.move_flags(parser, _NEEDED, needed)
     parsing.order_groups(parser, [ours, needed], rest="all other flags (mace-torch)")
@@ -135,6 +138,8 @@ def parse(
         for field in fields(RunOptions):
             if field.name in given:
                 raise ConfigError(f"--{field.name} needs an adapter: give --lora=True or --adapter")
+    elif "multiheads_finetuning" not in given:  # on by default, and by itself for some models
+        args.multiheads_finetuning = args.pt_train_file is not None
     rank, alpha = args.lora_rank, args.lora_alpha
     for name in _our_flags():  # upstream logs and stores its arguments: leave it only its own
         delattr(args, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mace_lora.backends.registry import AUTO, CHOICES, describe
 from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.upstream.known import TRUST_HELP
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class RunOptions:
             "choices": CHOICES,
         },
     )
+    trust: bool = field(default=False, metadata={"help": TRUST_HELP})
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:

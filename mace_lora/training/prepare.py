@@ -53,11 +53,9 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
     check_files(args)
     stored.check_flags(args)
     foundation = None
-    if loading.is_ours(
-        args.foundation_model
-    ):  # else mace-torch loads it: see `remember_foundation`
+    if loading.is_ours(args.foundation_model):  # else see `start.remember_foundation`
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]
-        foundation = loading.load(args.foundation_model, args.device, dtype)
+        foundation = loading.load(args.foundation_model, args.device, dtype, trust=options.trust)
         rebuilding.check_rebuildable(foundation, args)
     checks.folders_writable(args)
     checks.known_elements(args, foundation)

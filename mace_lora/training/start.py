@@ -38,6 +38,12 @@ def remember_foundation(run: Run, load: Callable[..., object]) -> Callable[..., 
     """mace-torch's loader `load` of a named model; what it loads is the foundation of the run."""
 
     def loader(*positional: object, **keywords: object) -> object:
+        args = run.asked.args
+        if not args.multiheads_finetuning:
+            logging.info(
+                f"No replay with {args.foundation_model}: with an adapter it is yours to ask for, "
+                "by --multiheads_finetuning=True"
+            )
         loaded = load(*positional, **keywords)
         models: list[torch.nn.Module] = getattr(loaded, "models", [loaded])  # of a calculator
         run.foundation = Foundation(models[0])
@@ -63,6 +69,21 @@ def keep_converted(model: torch.nn.Module, device: object = None) -> torch.nn.Mo
     """Conversion to other kernels came before the injection (see `Start.inject`)."""
     del device
     return model
+
+
+def _log_replay(run: Run) -> None:
+    """Replay sets flags anew, some of them without a word."""
+    now, asked = vars(run.asked.args), run.asked.given
+    changes = [
+        f"--{flag}={now[flag]} (was {asked[flag]})"
+        for flag in ("lr", "ema", "ema_decay", "loss")
+        if now[flag] != asked[flag]
+    ]
+    if now["multiheads_finetuning"] and changes:
+        logging.warning(
+            f"Replay (--multiheads_finetuning) changes what was asked for: {', '.join(changes)}; "
+            "--force_mh_ft_lr=True keeps learning rate and EMA"
+        )
 
 
 class Start:
@@ -94,6 +115,7 @@ class Start:
         """
         self.data.refuse_missing_labels()
         energies = self.data.energies.of_elements(atomic_energies, list(z_table.zs))
+        _log_replay(self.run)
         original = upstream.original("configure_model")
         try:
             model, outputs = original(

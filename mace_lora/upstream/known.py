@@ -21,6 +21,10 @@ from mace_lora.parsing import ExistingFile
 MINI = "mini"
 # Downloaded by mace-torch as well, but in none of its tables
 _OTHER_MODELS = ("small_off", "medium_off", "large_off", "mace_omol")
+TRUST_HELP = (
+    "run .model files, which can be any program, instead of reading them: for files that can't be "
+    "read, of a version of mace that is installed"
+)
 _TABLES = ("mace_mp_urls", "polar_model_urls")
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from mace_lora.errors import FoundationModelError
-from mace_lora.upstream import mini
+from mace_lora.upstream import mini, reading, remaking
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.bases import tell_basis
+from mace_lora.upstream.hyperparameters import Foreign
 from mace_lora.upstream.known import MINI, ExistingModel, foundation_models
+from mace_lora.upstream.reading import Compiled, UnreadableFile
 
 _PARTS = ("r_max", "atomic_numbers", "node_embedding", "interactions", "products", "readouts")
 
@@ -38,6 +44,7 @@ def given(
     """
     if not isinstance(base, torch.nn.Module):
         return load(base, device or "cpu", dtype, flag)
+    tell_basis(base)
     own = next(base.parameters())
     fits = (dtype in (None, own.dtype)) and (device is None or torch.device(device) == own.device)
     return base if fits and not copy else deepcopy(base).to(device=device, dtype=dtype)
@@ -48,14 +55,16 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     flag: str = "foundation_model",
+    trust: bool = False,
 ) -> torch.nn.Module:
     """A foundation model: `mini`, one that mace-torch knows by name, or a `.model` file.
 
     Args:
-        name: a name or path. A file is a pickle, which can run code: open only those you trust.
+        name: a name or path. A file is read and the model rebuilt; nothing in the file is run.
         device: where to put it.
         dtype: cast to this precision; None keeps the file's.
         flag: what messages call it; empty for its name alone.
+        trust: run what is in the file instead of reading it (see `reading`).
 
     Raises:
         FoundationModelError: no such file or name, or the file holds no MACE model.
@@ -71,7 +80,7 @@ def load(
     if name == MINI:
         model = mini.build(dtype)
     elif is_ours(name):
-        model = _load_file(name, device, flag)
+        model = _load_file(name, flag, trust)
     else:
         model = _load_named(name, device, dtype or torch.float64)
     model = model.to(device)
@@ -101,37 +110,68 @@ def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) ->
     return upstream.original("mace_mp")(model=name, **keywords).models[0]
 
 
-def _load_file(name: str, device: str | torch.device, flag: str) -> torch.nn.Module:
-    path = Path(name).expanduser()
+def _load_file(name: str, flag: str, trust: bool) -> torch.nn.Module:
     called = f"--{flag}={name}" if flag else name
     ExistingModel(name).check(called)
+    path = Path(name).expanduser()
     try:
-        model = torch.load(path, map_location=device, weights_only=False)
-    except Exception as error:  # whatever unpickling a foreign file raises
-        raise FoundationModelError(
-            f"{called}: the file can't be read as a model "
-            f"({type(error).__name__}: {error}); expected a .model file saved by MACE"
-        ) from error
-    problem = _not_a_mace_model(model)
-    if problem:
-        raise FoundationModelError(f"{called}: {problem}")
-    return model
-
-
-def _not_a_mace_model(model: Any) -> str | None:
-    if isinstance(model, torch.jit.ScriptModule):
-        return (
+        return _run(path) if trust else _rebuilt(path)
+    except Compiled:
+        reason = (
             "a compiled TorchScript model, which can't be fine-tuned; "
             "give the .model file that was saved beside it"
         )
-    if isinstance(model, dict):
-        return "a checkpoint or a state dict, no model; give the .model file of that run"
-    missing = [p for p in _PARTS if not hasattr(model, p)]
-    if missing:
-        return f"no MACE model: a {type(model).__name__} without {', '.join(missing)}"
+    except UnreadableFile as error:
+        reason = f"the file can't be read as a model ({error}); expected a .model saved by MACE"
+    except Foreign as error:
+        reason = (
+            f"it can't be rebuilt with mace-torch {upstream.version()}: {error}. Nothing in the "
+            "file was run. If you know who made it, --trust (trust=True in Python) runs it, which "
+            "needs the version of mace that wrote it"
+        )
+    except FoundationModelError as error:
+        reason = str(error)
+    raise FoundationModelError(f"{called}: {reason}")
+
+
+def _rebuilt(path: Path) -> torch.nn.Module:
+    """The model in a file, read and not run."""
+    return deepcopy(_original(path, hashlib.sha256(path.read_bytes()).hexdigest()))
+
+
+@functools.lru_cache(maxsize=1)  # one base for several adapters: a copy takes a tenth of the time
+def _original(path: Path, digest: str) -> torch.nn.Module:
+    del digest  # tells another file of the same name
+    content = reading.read(path)
+    _check_is_model(content, lambda part: getattr(content, "get", lambda _: None)(part) is not None)
+    return remaking.model_of(content)
+
+
+def _run(path: Path) -> torch.nn.Module:
+    """The model in a file as its pickle makes it, which can run any program."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # whatever unpickling a foreign file raises
+        raise UnreadableFile(f"{type(error).__name__}: {error}") from error
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Compiled("a TorchScript archive")
+    _check_is_model(model, lambda part: hasattr(model, part))
+    tell_basis(model)
     if any(type(m).__module__.startswith("cuequivariance") for m in model.modules()):
-        return (
+        raise FoundationModelError(
             "a model in cuequivariance's format; convert it first with mace_cueq_to_e3nn, "
             "and train with --enable_cueq=True"
         )
-    return None
+    return cast(torch.nn.Module, model)
+
+
+def _check_is_model(content: object, has: Callable[[str], bool]) -> None:
+    """Raises FoundationModelError for what is no MACE model, but some other content of a file."""
+    if isinstance(content, dict):
+        raise FoundationModelError(
+            "a checkpoint or a state dict, no model; give the .model file of that run"
+        )
+    missing = [part for part in _PARTS if not has(part)]
+    if missing:
+        called = type(content).__name__
+        raise FoundationModelError(f"no MACE model: a {called} without {', '.join(missing)}")

@@ -145,6 +145,26 @@ ZOO: dict[str, tuple[type, dict[str, Any]]] = {
             },
         },
     ),
+    "wide": (
+        modules.ScaleShiftMACE,
+        {**_HCNO, **_RESIDUAL, **_energy(elements=4), "max_ell": 3, "correlation": 3},
+    ),
+    "charge_and_spin": (
+        modules.ScaleShiftMACE,
+        {
+            **_HCO,
+            **_RESIDUAL,
+            **_energy(),
+            "use_embedding_readout": True,
+            "embedding_specs": {
+                "total_charge": {
+                    **{"type": "categorical", "per": "graph", "emb_dim": 4},
+                    **{"num_classes": 9, "offset": 4},
+                },
+                "total_spin": {"type": "continuous", "per": "graph", "emb_dim": 3, "in_dim": 1},
+            },
+        },
+    ),
     "foundation": (
         modules.ScaleShiftMACE,
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import ase.io
@@ -109,9 +110,23 @@ def test_replay_with_two_heads(tmp_path, flags, small_data, foundation, frames, 
 def test_multihead_replay_says_which_learning_rate_it_takes(tmp_path, flags, small_data, caplog):
     more = ["--multiheads_finetuning=True", f"--pt_train_file={small_data['valid']}"]
     assert here(tmp_path, *flags, *more, "--max_num_epochs=1") == ""
-    assert "--force_mh_ft_lr=True" in caplog.text
+    assert "changes what was asked for: --lr=0.0001 (was 0.01)" in caplog.text
+    assert "--loss=universal (was weighted)" in caplog.text
     groups = torch.load(tmp_path / LATEST, weights_only=True)["optimizer"]["param_groups"]
     assert {group["initial_lr"] for group in groups if "initial_lr" in group} <= {1e-4}
+
+
+def test_replay_does_not_start_by_itself(tmp_path, flags, foundation, monkeypatch, caplog):
+    """It is mace-torch's default for `small`: with 1e-4 for --lr, and a download of old data."""
+    cache = tmp_path / "cache" / "mace"
+    cache.mkdir(parents=True)
+    shutil.copy(foundation, cache / "20231210mace128L0_energy_epoch249model")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    assert here(tmp_path, *flags, "--foundation_model=small", "--max_num_epochs=1") == ""
+    assert "No replay with small" in caplog.text
+    groups = torch.load(tmp_path / LATEST, weights_only=True)["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups if "initial_lr" in group} == {0.01}
 
 
 def test_weight_decay_reaches_every_adapter_parameter_and_no_frozen_one(tmp_path, flags, plain):

@@ -1,0 +1,133 @@
+"""The bases in which files and the installed mace-torch have the weights of contractions.
+
+A product of features up to some order is a sum of paths, each with its weights, and the coupling
+tensors (`U_matrix_...`) say what each path is. mace-torch has a full basis, whose paths depend on
+each other once the product is symmetrised, and a reduced one; both may differ between versions. A
+file brings its coupling tensors along, and these are what counts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from mace_lora.upstream.hyperparameters import Foreign, parts, plain
+from mace_lora.upstream.reading import Made
+
+# Relative differences of constants that come from another precision, not from another meaning
+ROUNDING = 1e-5
+
+
+def contractions(tree: Made) -> Iterator[tuple[str, Made]]:
+    """MACE's own contractions in `tree` by path; none in cuequivariance's format."""
+    for i, product in enumerate(parts(tree, "products")):
+        own = product.get("symmetric_contractions.contractions")
+        for j, part in (own.children if isinstance(own, Made) else {}).items():
+            yield f"products.{i}.symmetric_contractions.contractions.{j}", part
+
+
+def symmetric(coupling: torch.Tensor, vector: bool) -> torch.Tensor:
+    """A coupling tensor as a matrix of what it couples, symmetrised, by its paths.
+
+    Contracted with copies of one vector of features, only the symmetric part counts: the paths of
+    the full basis depend on each other, those of the reduced one do not.
+
+    Args:
+        coupling: ((2l+1,) features, ..., features, paths) for each order of correlation.
+        vector: whether there is an axis 2l+1 of the output in front.
+    """
+    first = 1 if vector else 0
+    axes = range(first, coupling.ndim - 1)
+    orders = list(itertools.permutations(axes))
+    double = coupling.double()
+    total = sum(double.permute(*range(first), *order, coupling.ndim - 1) for order in orders)
+    return (total / len(orders)).reshape(-1, coupling.shape[-1])
+
+
+def is_full(tree: Made) -> bool:
+    """Whether some paths of a contraction depend on each other, which tells the full basis."""
+    return _depend(part.tensors("_buffers") for _, part in contractions(tree))
+
+
+def tell_basis(model: torch.nn.Module) -> None:
+    """Let `use_reduced_cg` of a model say what its weights are.
+
+    Where cuequivariance is missing, mace-torch builds the full basis and says otherwise.
+    """
+    if getattr(model, "use_reduced_cg", False) and _depend(
+        dict(part.named_buffers(recurse=False))
+        for name, part in model.named_modules()
+        if ".contractions." in name
+    ):
+        model.use_reduced_cg = False
+
+
+def _depend(contractions: Iterable[Mapping[str, torch.Tensor]]) -> bool:
+    for buffers in contractions:
+        for name, coupling in buffers.items():
+            order = name.removeprefix("U_matrix_")
+            if order == name or order == "1":
+                continue
+            matrix = symmetric(coupling, vector=coupling.ndim > int(order) + 1)
+            if matrix.any() and torch.linalg.matrix_rank(matrix, rtol=1e-4) < matrix.shape[1]:
+                return True
+    return False
+
+
+def same_basis(model: torch.nn.Module, tree: Made) -> bool:
+    """Whether all paths of the file's contractions are those of `model`."""
+    return all(_agrees(model.get_submodule(path), made) for path, made in contractions(tree))
+
+
+def _agrees(part: torch.nn.Module, made: Made) -> bool:
+    kept = made.tensors("_buffers")
+    return all(
+        name in kept and close(kept[name], own)
+        for name, own in part.named_buffers(recurse=False)
+        if name.startswith("U_matrix")
+    )
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two constants differ by rounding alone."""
+    if one.shape != other.shape:
+        return False
+    if not one.numel():
+        return True
+    size = other.abs().max().clamp_min(1e-30)
+    return bool((one - other).abs().max() <= ROUNDING * size)
+
+
+def changed_bases(
+    model: torch.nn.Module, tree: Made
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Weights of contractions whose paths the installed mace-torch has otherwise, in its paths.
+
+    Raises:
+        Foreign: they can't be had as a combination of these paths.
+    """
+    for path, made in contractions(tree):
+        part = model.get_submodule(path)
+        if _agrees(part, made):
+            continue
+        own, found = dict(part.named_buffers(recurse=False)), {}
+        highest = plain(made.get("correlation"))
+        for order in range(1, highest + 1):
+            name = "weights_max" if order == highest else str(highest - 1 - order)
+            holder = made if order == highest else made.get("weights")
+            weights = holder.tensors("_parameters")[name]
+            there, here = made.get(f"U_matrix_{order}"), own[f"U_matrix_{order}"]
+            vector = there.ndim > order + 1
+            matrix = _transition(symmetric(there, vector), symmetric(here, vector), path)
+            found[name] = torch.einsum("pq,eqc->epc", matrix.to(weights.dtype), weights.detach())
+        yield path, found
+
+
+def _transition(there: torch.Tensor, here: torch.Tensor, path: str) -> torch.Tensor:
+    """(paths here, paths there): the weights here that couple as those there do."""
+    matrix = torch.linalg.pinv(here, rtol=1e-6) @ there
+    if not close(here @ matrix, there):
+        raise Foreign(f"the weights of {path} are in a basis that mace-torch doesn't have")
+    return matrix
