@@ -130,10 +130,10 @@ def archive(content: bytes) -> Any:
 
 def _read(file: IO[bytes]) -> Any:
     try:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
-            return _of_legacy(file)
+        start = file.read(4)
         file.seek(0)
+        if start != b"PK\x03\x04":  # an old file may hold archives: look at its beginning
+            return _of_legacy(file)
         with zipfile.ZipFile(file) as stored:
             if any(name.endswith("/constants.pkl") for name in stored.namelist()):
                 raise Compiled("a TorchScript archive")
@@ -157,7 +157,7 @@ def _of_zip(stored: zipfile.ZipFile) -> Any:
     def storage(saved: tuple[Any, ...]) -> torch.Tensor:
         kind, key, _, count = saved[1:5]
         if key not in storages:
-            storages[key] = _numbers(stored.read(f"{folder}data/{key}"), kind, count)
+            storages[key] = _numbers(stored.read(f"{folder}data/{key}"), _dtype_of(kind), count)
         return storages[key]
 
     return _Reader(io.BytesIO(stored.read(entry)), storage).load()
@@ -167,15 +167,14 @@ def _of_legacy(file: IO[bytes]) -> Any:
     """The format of torch before 1.6: pickles in a row, then the numbers of all storages."""
     storages: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def storage(saved: tuple[Any, ...]) -> torch.Tensor:
-        kind, key, _, count = saved[1:5]
-        if len(saved) > 5 and saved[5] is not None:
-            raise UnreadableFile("views of storages")
+    def storage(saved: tuple[Any, ...]) -> Any:
         if saved[0] != "storage":  # a class, with its source
             return saved[1]
+        kind, key, _, count, view = saved[1:6]
+        if view is not None:
+            raise UnreadableFile("views of storages")
         if key not in storages:
-            dtype = _dtype_of(kind)
-            storages[key] = torch.empty(count, dtype=dtype), count
+            storages[key] = torch.empty(count, dtype=_dtype_of(kind)), count
         return storages[key][0]
 
     def load() -> Any:
@@ -190,15 +189,15 @@ def _of_legacy(file: IO[bytes]) -> Any:
         target, expected = storages[key]
         if count != expected:
             raise UnreadableFile("storages of other sizes than said")
-        raw = bytearray(file.read(count * target.element_size()))
-        target.copy_(torch.frombuffer(raw, dtype=target.dtype))
+        raw = file.read(count * target.element_size())
+        target.copy_(_numbers(raw, target.dtype, count))
     return content
 
 
-def _numbers(raw: bytes, kind: Any, count: int) -> torch.Tensor:
+def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> torch.Tensor:
     if not count:
-        return torch.empty(0, dtype=_dtype_of(kind))
-    return torch.frombuffer(bytearray(raw), dtype=_dtype_of(kind))[:count]
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(bytearray(raw), dtype=dtype)[:count]
 
 
 _DTYPES = {

@@ -281,7 +281,7 @@ def _other_setting(model):
 
 
 def _more_parameters(model):
-    model.node_embedding.offset = torch.nn.Parameter(torch.ones(3))
+    model.node_embedding.offset = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
 
 
 def _fewer_parameters(model):
