@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ase
 import numpy as np
@@ -18,10 +18,14 @@ from mace_lora.errors import ConfigError, DataError
 from mace_lora.frames.inputs import InputCheck
 from mace_lora.frames.keys import ALIASES
 from mace_lora.frames.labels import under
+from mace_lora.model.description import atomic_numbers, heads
 from mace_lora.model.merging import merge
 from mace_lora.upstream import library, loading
 from mace_lora.upstream.devices import check_device
 from mace_lora.upstream.inputs import Input, inputs_of
+
+if TYPE_CHECKING:
+    from mace_lora.upstream.library import MACECalculator
 
 # Those of MACECalculator
 INFO_KEYS = {
@@ -68,7 +72,7 @@ class MaceLoraCalculator(Calculator):
         arrays_keys: dict[str, str] | None = None,
         **keywords: Any,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of ASE, as those below
         if default_dtype not in ("", "float32", "float64"):
             raise ConfigError(f"default_dtype={default_dtype!r}: float32 or float64 is needed")
         check_device(device, default_dtype, called="device=")
@@ -82,15 +86,13 @@ class MaceLoraCalculator(Calculator):
         }
         self._keys_given = info_keys is not None
         self._merged: dict[Path | None, torch.nn.Module] = {}
-        self._calculators: dict[tuple[Path | None, ...], Calculator] = {}
+        self._calculators: dict[tuple[Path | None, ...], MACECalculator] = {}
         self.set_adapter(adapter)
 
     def set_adapter(self, adapter: Choice) -> None:
         """Use another adapter, a committee of several, or None: the base model itself."""
-        single = adapter is None or isinstance(adapter, (str, Path))
-        key = tuple(
-            None if a is None else Path(a).resolve() for a in ([adapter] if single else adapter)
-        )
+        folders = [adapter] if adapter is None or isinstance(adapter, (str, Path)) else adapter
+        key = tuple(None if folder is None else Path(folder).resolve() for folder in folders)
         if not key:
             raise ConfigError("a committee without adapters: give one or more, or None")
         if key not in self._calculators:
@@ -104,7 +106,7 @@ class MaceLoraCalculator(Calculator):
         self._current = self._calculators[key]
         self.adapter = adapter
         self.implemented_properties = list(dict.fromkeys(self._current.implemented_properties))
-        self.reset()
+        self.reset()  # type: ignore[no-untyped-call]
 
     def _model(self, folder: Path | None) -> torch.nn.Module:
         if folder not in self._merged:
@@ -129,13 +131,13 @@ class MaceLoraCalculator(Calculator):
         if atoms is not None:
             self._check_elements(atoms)
             self._find_inputs(atoms)
-        super().calculate(atoms, properties, system_changes)
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
         self._current.calculate(self.atoms, properties, system_changes)
         self.results = dict(self._current.results)
 
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation: also what a model reads of `atoms.info`."""
-        changes: list[str] = super().check_state(atoms, tol)
+        changes: list[str] = super().check_state(atoms, tol)  # type: ignore[no-untyped-call]
         if changes or self.atoms is None:
             return changes
         for name in ("info", "arrays"):
@@ -218,7 +220,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:
-    places = [(m.atomic_numbers.tolist(), list(getattr(m, "heads", []))) for m in committee]
+    places = [(atomic_numbers(model), heads(model)) for model in committee]
     for place, folder in zip(places, key, strict=True):
         if place != places[0]:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,10 +14,12 @@ from ase.data import chemical_symbols
 
 from mace_lora.errors import DataError
 from mace_lora.frames import labels
+from mace_lora.frames.inputs import InputCheck
 from mace_lora.frames.overlaps import SAME_SPOT, first_overlap, is_alone
 from mace_lora.frames.reading import read_atoms
 from mace_lora.upstream import graphs
 from mace_lora.upstream.graphs import Configuration, periodic_in
+from mace_lora.upstream.inputs import Input
 
 # What the losses of mace-torch need, where that is not energy and forces
 _NEEDED = {
@@ -36,6 +38,10 @@ class Frames(Protocol):
     """The frames of one file, as mace-torch's Configurations, and how messages speak of them."""
 
     path: str
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """The name of each property in the file; empty where that has no names of its own."""
 
     def __iter__(self) -> Iterator[Configuration]: ...
 
@@ -62,6 +68,7 @@ class Rules:
         welcome: those that are trained on where there are some.
         cutoff: of the model, A.
         padded: the model divides by the volume of mace-torch's padded cells, see `graphs`.
+        inputs: what the model reads of frames beside atoms and cell.
     """
 
     known: tuple[str, set[int]] | None
@@ -69,6 +76,7 @@ class Rules:
     cutoff: float
     welcome: Sequence[str] = ()
     padded: bool = False
+    inputs: Mapping[str, Input] = field(default_factory=dict)
 
 
 @dataclass
@@ -119,6 +127,7 @@ def check(file: Frames, rules: Rules) -> dict[str, str]:
     """
     notes = _Notes(without={label: _Seen() for label in (*rules.needed, *rules.welcome)})
     together: list[Configuration] = []
+    inputs = InputCheck(file.path, rules.inputs, file.keys)
     for number, frame in enumerate(file):
         notes.frames += 1
         problem = (
@@ -126,6 +135,7 @@ def check(file: Frames, rules: Rules) -> dict[str, str]:
         )
         if problem:
             raise DataError(f"{file.path}, frame {file.place(number)}{problem}")
+        inputs.see(file.place(number), len(frame.atomic_numbers), frame.properties)
         _note(notes, number, frame, rules)
         together.append(frame)
         if len(together) == _TOGETHER:
@@ -134,6 +144,8 @@ def check(file: Frames, rules: Rules) -> dict[str, str]:
     _refuse_overlaps(file, together, notes.frames - len(together))
     if not notes.frames:
         raise DataError(f"{file.path} holds no frames to train on or to test with")
+    for sentence in inputs.gaps():
+        logging.warning(sentence)
     return _say_what_was_noticed(file, notes, rules)
 
 

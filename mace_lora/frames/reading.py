@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ase
 import ase.io
-import numpy as np
 
 from mace_lora.errors import DataError
 from mace_lora.frames import labels
+from mace_lora.frames.keys import candidates, find, remedy
 from mace_lora.upstream import graphs
 from mace_lora.upstream.graphs import Configuration
+from mace_lora.upstream.inputs import Input
 
 ISOLATED = "IsolatedAtom"
 _HEAD = "head"
-# Numbers that ASE and mace-torch know, and that are no labels
-_NO_LABELS = {"momenta", "initial_magmoms", "initial_charges", "masses", "tags", "charge", "spin"}
-_NO_LABELS |= {"total_charge", "total_spin", "elec_temp", "config_type", "head"}
 
 
 def read_atoms(path: str | Path, most: int | None = None) -> list[ase.Atoms]:
@@ -46,8 +44,11 @@ class XyzFrames:
         keys: the name of each property in it.
         head: the head that learns them.
         type_weights: the weight of each type of frames (`--config_type_weights`).
+        wanted: labels that are looked for under evident keys, too; see `keys`.
+        inputs: what the model reads of frames beside atoms and cell.
 
     Attributes:
+        keys: the name of each property in the file.
         energies: E0s by atomic number, from the isolated atoms that `set_isolated_aside` found.
 
     Raises:
@@ -60,10 +61,16 @@ class XyzFrames:
         keys: Mapping[str, str],
         head: str = "Default",
         type_weights: Mapping[object, float] | None = None,
+        wanted: Iterable[str] = (),
+        inputs: Mapping[str, Input] | None = None,
     ) -> None:
-        self.path, self._keys = path, keys
+        self.path = path
         weights = {labels.type_of(k): float(w) for k, w in (type_weights or {}).items()}
         self._atoms = read_atoms(path)
+        found = find(path, self._atoms, keys, wanted, inputs)
+        for sentence in found.said:
+            logging.info(sentence)
+        self.keys = found.names
         self._numbers = list(range(len(self._atoms)))  # in the file
         self._configurations = [
             self._configuration(i, atoms, head, weights) for i, atoms in enumerate(self._atoms)
@@ -74,7 +81,7 @@ class XyzFrames:
         self, number: int, atoms: ase.Atoms, head: str, type_weights: Mapping[str, float]
     ) -> Configuration:
         try:
-            return configuration_of(atoms, self._keys, head, type_weights)
+            return configuration_of(atoms, self.keys, head, type_weights)
         except DataError as error:
             raise DataError(f"{self.path}, frame {number}: {error}") from None
 
@@ -95,7 +102,7 @@ class XyzFrames:
                 raise DataError(
                     f"{self.path}, frame {self._numbers[i]} is an isolated atom "
                     f"(config_type={ISOLATED}) without an energy under the key "
-                    f"{self._keys['energy']!r}, so that there is no E0 to take from it: give it "
+                    f"{self.keys['energy']!r}, so that there is no E0 to take from it: give it "
                     "one, or remove the isolated atoms and give --E0s"
                 )
             self.energies[int(frame.atomic_numbers[0])] = float(energy)
@@ -119,17 +126,19 @@ class XyzFrames:
         return str(self._numbers[number])
 
     def called(self, label: str) -> str:
-        return f"{label} (key {self._keys.get(label, label)!r})"
+        return f"{label} (key {self.keys.get(label, label)!r})"
 
     def remedy(self, label: str) -> str:
-        return (
-            f"under the key {self._keys.get(label, label)!r}; its keys are "
-            f"{', '.join(names_in(self._atoms[0])) or 'none'}; "
-            f"name the right one with --{label}_key"
-        )
+        missing = {name: self.keys[name] for name in ("energy", "forces", label)}
+        lacking = {
+            name: key
+            for name, key in missing.items()
+            if name == label or all(labels.under(a, key) is None for a in self._atoms)
+        }
+        return f"under the key {self.keys[label]!r}: {remedy(self._atoms, lacking)}"
 
     def may_hold(self, label: str) -> bool:
-        return any(could_be(label, self._atoms[0], name) for name in names_in(self._atoms[0]))
+        return bool(candidates(self._atoms, label))
 
 
 def configuration_of(
@@ -168,27 +177,6 @@ def configuration_of(
         config_type=kind,
         head=head,
     )
-
-
-def names_in(atoms: ase.Atoms) -> list[str]:
-    """Every key of a frame that may hold a label."""
-    results = getattr(atoms.calc, "results", {})
-    own = [k for k in atoms.arrays if k not in ("numbers", "positions")]
-    return sorted({*atoms.info, *own, *results})
-
-
-def could_be(label: str, atoms: ase.Atoms, name: str) -> bool:
-    """Whether what a frame has under `name` has the form of a label."""
-    if name in _NO_LABELS or name.endswith("_weight"):
-        return False
-    value = labels.under(atoms, name)
-    if isinstance(value, (bool, np.bool_)):
-        return False
-    try:
-        labels.in_shape(label, value, len(atoms), name)
-    except DataError:
-        return False
-    return True
 
 
 def _is_isolated(frame: Configuration) -> bool:

@@ -39,6 +39,7 @@ class StoredFrames:
 
     def __init__(self, path: str, dataset: Any) -> None:
         self.path = path
+        self.keys: dict[str, str] = {}
         self._dataset = copy.copy(dataset)
         self._dataset.atomic_dataclass = (
             _AS_READ  # of HDF5Dataset; LMDBDataset has it in its module

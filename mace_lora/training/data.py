@@ -23,6 +23,7 @@ from mace_lora.training.epochs import processes
 from mace_lora.upstream import graphs, library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration, Graphs
+from mace_lora.upstream.inputs import inputs_of
 
 _FOUNDATION = "the foundation model"
 
@@ -90,6 +91,7 @@ class Data:
             welcome=welcome,
             cutoff=float(self.args.r_max),
             padded=self._graphs.padded,
+            inputs={} if model is None else inputs_of(model),
         )
 
     def remove_head(self, model: torch.nn.Module, head_to_keep: str | None = None) -> Any:
@@ -162,13 +164,19 @@ class Data:
         In the place of upstream's, which trains labels that lack under ASE's own keys as 0, takes
         forces with constraints applied, and 0 for E0s where it finds no energy.
         """
-        keys = graphs.key_names(key_specification)
-        frames = XyzFrames(file_path, keys, head_name, config_type_weights)
+        # without labels where the foundation model gives them
+        rules = self._rules(_FOUNDATION, self.known_elements(), labelled=not no_data_ok)
+        frames = XyzFrames(
+            file_path,
+            graphs.key_names(key_specification),
+            head_name,
+            config_type_weights,
+            wanted=() if no_data_ok else {"energy", "forces", *rules.needed, *rules.welcome},
+            inputs=rules.inputs,
+        )
         if extract_atomic_energies:
             frames.set_isolated_aside(keep=keep_isolated_atoms)
         self._files.append(file_path)
-        # without labels where the foundation model gives them
-        rules = self._rules(_FOUNDATION, self.known_elements(), labelled=not no_data_ok)
         lacking = checks.check(frames, rules)
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)

@@ -15,7 +15,7 @@ from mace_lora.upstream import names
 from mace_lora.upstream.types import Batch, ElementTable, Graph, Loader, Metrics
 
 if TYPE_CHECKING:
-    from mace.calculators import MACECalculator
+    from mace.calculators import MACECalculator as MACECalculator
 
 
 def run(args: argparse.Namespace) -> None:
