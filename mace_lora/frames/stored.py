@@ -18,7 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ase
+
 from mace_lora.errors import ConfigError, DataError
+from mace_lora.frames.keys import ALIASES
 from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration, Graphs
@@ -182,6 +185,16 @@ class Statistics:
 def _plain(numbers: str) -> str:
     """Numbers as numpy 2 prints them, np.int64(6) and np.float64(-1.5), without numpy's names."""
     return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", numbers)
+
+
+def frame_of_lmdb(atoms: ase.Atoms, **keywords: Any) -> Configuration:
+    """mace-torch's Configuration of a frame in LMDB, its charge and spin under any evident name."""
+    for name, aliases in ALIASES.items():
+        present = [key for key in aliases if atoms.info.get(key) is not None]
+        if present and name not in present:
+            atoms.info[name] = atoms.info[present[0]]
+    frame: Configuration = upstream.original("frame_of_lmdb")(atoms, **keywords)
+    return frame
 
 
 def parts(path: str, dataset: Any) -> list[StoredFrames]:

@@ -64,6 +64,7 @@ class Data:
             **dict.fromkeys(makers, self._graphs),
             "load_xyz": self.load_xyz,
             "load_stored": self.load_stored,
+            "frame_of_lmdb": stored.frame_of_lmdb,
             "hdf5": self.open_hdf5,
             "test_files": lambda dir_path, suffix: stored.test_files(dir_path),
             "head_config": self.head_config,

@@ -145,6 +145,13 @@ SUBSTITUTED: dict[str, Row] = {
         "the same, then the frames of HDF5 and LMDB files are checked",
         "as for `load_from_xyz`",
     ),
+    "frame_of_lmdb": _in_run(
+        "mace.data.lmdb_dataset",
+        "config_from_atoms(atoms, key_specification)",
+        "the same, with charge and spin under the names that they have in such files, too",
+        "they are looked for as `total_charge` and `total_spin`, whatever the flags say, and taken "
+        "as neutral singlets where they are called `charge` and `spin`, as in OMol's files",
+    ),
     "graphs": _in_run(
         _DATA,
         "AtomicData",

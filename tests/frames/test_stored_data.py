@@ -140,3 +140,37 @@ def test_lmdb(tmp_path, flags):
     assert error.startswith("error: two.aselmdb, frame 4 has atoms 2 and 4 on one spot")
     assert here(tmp_path, *flags, "--train_file=one.aselmdb") == ""
     assert (tmp_path / "run.model").exists()
+
+
+def test_charge_and_spin_in_lmdb(tmp_path, flags, build):
+    """Under fairchem's names, in the labels of the model itself: the first loss is 0."""
+    tools = pytest.importorskip("mace.tools.fairchem_dataset.lmdb_dataset_tools")
+    from ase.calculators.singlepoint import SinglePointCalculator
+    from mace.calculators import MACECalculator
+
+    model = build("charge_spin")
+    torch.save(model, tmp_path / "omol.model")
+    with tools.LMDBDatabase(str(tmp_path / "data.aselmdb")) as database:
+        for frame, charge in zip(ethanol("train", 3), (0, -1, 1), strict=True):
+            plain = ase.Atoms(frame.numbers, frame.positions)
+            plain.info |= {"charge": charge, "spin": 1 + abs(charge)}
+            plain.calc = MACECalculator(models=[model], default_dtype="float64")
+            labels = {"energy": plain.get_potential_energy(), "forces": plain.get_forces()}
+            plain.calc = SinglePointCalculator(plain, **labels)
+            data, plain.info = plain.info, {}  # ASE has another meaning for info["charge"] in rows
+            database.write(plain, data=data)
+    shutil.copy(tmp_path / "data.aselmdb", tmp_path / "valid.aselmdb")
+    flags = [f for f in flags if f.startswith(("--lora", "--name", "--seed", "--max"))]
+    flags += ["--atomic_numbers=[1, 6, 8]", "--E0s=foundation", "--foundation_model=omol.model"]
+    flags += ["--train_file=data.aselmdb", "--valid_file=valid.aselmdb"]
+    assert here(tmp_path, *flags, "--batch_size=3", "--default_dtype=float64") == ""
+    assert results(tmp_path)[0]["loss"] == pytest.approx(0, abs=1e-12)
+
+
+def test_hdf5_without_charges_says_so(tmp_path, folder, flags, build):
+    """mace_prepare_data writes none."""
+    torch.save(build("charge_spin"), folder / "omol.model")
+    assert here(folder, *flags, "--foundation_model=omol.model", "--E0s=foundation") == ""
+    said = (folder / "logs/run_run-1.log").read_text()
+    assert "has no total charge: the model takes 0 for every frame" in said
+    assert "has no total spin: the model takes 1 for every frame" in said
