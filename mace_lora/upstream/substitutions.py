@@ -8,7 +8,6 @@ file of the package names a module of mace-torch, except for the imports of `min
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 _RUN = "mace.cli.run_train"
@@ -377,30 +376,3 @@ CALLED: dict[str, Row] = {
 }
 
 ROWS: dict[str, Row] = {**SUBSTITUTED, **CHANGED, **CALLED}
-
-
-def markdown() -> str:
-    """The tables as README.md shows them."""
-    head = ("name", "ours", "why", "unnecessary with")
-    run = [row for row in SUBSTITUTED.values() if row.when == RUN]
-    others = [row for row in (*SUBSTITUTED.values(), *CHANGED.values()) if row.when != RUN]
-    parts = [
-        f"Substituted {RUN}:",
-        _table(head, [(_name(row), row.use, row.why, row.until) for row in run]),
-        "Substituted at other times:",
-        _table(
-            (*head, "when"), [(_name(row), row.use, row.why, row.until, row.when) for row in others]
-        ),
-        "Only called:",
-        _table(("name", "for"), [(_name(row), row.use) for row in CALLED.values()]),
-    ]
-    return "\n\n".join(parts)
-
-
-def _name(row: Row) -> str:
-    return f"`{row.module}.{row.signature}`"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

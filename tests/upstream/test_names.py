@@ -7,7 +7,8 @@ import pytest
 import mace_lora
 from mace_lora.errors import UnsupportedUpstream
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.substitutions import CALLED, CHANGED, ROWS, RUN, SUBSTITUTED, markdown
+from mace_lora.upstream.page import markdown
+from mace_lora.upstream.substitutions import CALLED, CHANGED, ROWS, RUN, SUBSTITUTED
 
 IN_RUN = [key for key, row in SUBSTITUTED.items() if row.when == RUN]
 
@@ -27,7 +28,7 @@ def test_every_substitute_has_its_reason_and_its_end():
 
 
 def test_the_page_shows_the_table():
-    """python -c "from mace_lora.upstream import substitutions; print(substitutions.markdown())"."""
+    """python -c "from mace_lora.upstream import page; print(page.markdown())"."""
     page = Path(mace_lora.__file__).parent / "upstream" / "README.md"
     assert markdown() in page.read_text(encoding="utf-8")
 
