@@ -56,7 +56,7 @@ class AdapterOptions:
         type=str,
     )
     exclude: tuple[str, ...] = option(
-        (), "layers to leave alone among the targets, in the same words", nargs="+", type=str
+        (), "targets to leave alone after all, given in the same way", nargs="+", type=str
     )
     modules_to_save: tuple[str, ...] = option(
         (),
@@ -75,7 +75,7 @@ class AdapterOptions:
         for name in ("targets", "exclude", "modules_to_save"):
             self._check_texts(name)
         if not self.targets:
-            raise ConfigError("targets=(): one or more non-empty texts are needed")
+            raise ConfigError("targets=(): one or more non-empty strings are needed")
         if self.bias not in _BIASES:
             raise ConfigError(f"bias={self.bias}: {did_you_mean(str(self.bias), _BIASES)}")
         self.check()
@@ -89,11 +89,11 @@ class AdapterOptions:
         if isinstance(value, Mapping):
             value = [f"{key}={number}" for key, number in value.items()]
         if not isinstance(value, Iterable):
-            raise ConfigError(f"{name}={value!r}: one or more non-empty texts are needed")
+            raise ConfigError(f"{name}={value!r}: one or more non-empty strings are needed")
         texts = (value,) if isinstance(value, str) else tuple(value)
         object.__setattr__(self, name, texts)
         if not all(isinstance(t, str) and t for t in texts):
-            raise ConfigError(f"{name}={texts!r}: one or more non-empty texts are needed")
+            raise ConfigError(f"{name}={texts!r}: one or more non-empty strings are needed")
 
     def for_layer(self, name: str) -> Self:
         """The options of one layer, where patterns make them differ."""

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--forgetting", type=ExistingFile, help="a second file, to see what was forgotten"
     )
-    parser.add_argument("--picture", help="a PNG of predictions against labels, to write")
+    parser.add_argument("--picture", help="a PNG file to write, of predictions against labels")
     parser.add_argument(
         "--metric", choices=["mae", "rmse"], default="mae", help="in the table (default: mae)"
     )

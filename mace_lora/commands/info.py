@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> Data:
     path = Path(options.path)
     if not path.is_dir():
         if options.base is not None:
-            raise ConfigError(f"--base goes with an adapter directory, and {path} is none")
+            raise ConfigError(f"--base goes with an adapter directory, and {path} is not one")
         ExistingModel(options.path).check(options.path)
     from mace_lora.api import inspection
 

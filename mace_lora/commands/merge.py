@@ -104,7 +104,7 @@ def text(data: Data) -> str:
     ]
     if data["largest_relative_difference"] is not None:
         lines.append(
-            "proved on 4 random clusters; largest relative difference to base and adapter: "
+            "checked on 4 random clusters; largest relative difference to base and adapter: "
             f"{data['largest_relative_difference']:.1e}"
         )
     else:

@@ -94,6 +94,6 @@ class InjectionReport:
             lines.append("Rank capped at what the layer can use:")
             lines += [f"  {line}" for line in self.capped()]
         if self.skipped:
-            lines.append("Not adapted, frozen as they are:")
+            lines.append("Not adapted, and frozen:")
             lines += [f"  {line}" for line in self.not_adapted()]
         return "\n".join(lines)

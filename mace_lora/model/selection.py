@@ -34,7 +34,7 @@ def choose(model: torch.nn.Module, config: AdapterConfig) -> Choice:
     """The weights of `model` that `config` means.
 
     Raises:
-        ConfigError: a target is no regular expression.
+        ConfigError: a target is not a regular expression.
         NoLayerMatched: a target or another pattern matches nothing, or nothing is left to train.
     """
     method, options = get_method(config.method), config.options
@@ -114,7 +114,7 @@ def select(
 
     Raises:
         NoLayerMatched: naming the target that matches nothing.
-        ConfigError: a target is no regular expression.
+        ConfigError: a target is not a regular expression.
     """
     chosen: set[str] = set()
     for target in targets:
@@ -125,7 +125,9 @@ def select(
             try:
                 matched = {s.name for s in sites if re.search(target, s.name)}
             except re.error as error:
-                raise ConfigError(f"target {target!r} is no regular expression: {error}") from None
+                raise ConfigError(
+                    f"target {target!r} is not a regular expression: {error}"
+                ) from None
         if not matched:
             raise NoLayerMatched(_no_match(target, sites))
         chosen |= matched

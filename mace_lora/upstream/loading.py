@@ -71,7 +71,7 @@ def load(
     """
     if not isinstance(name, (str, Path)):
         raise FoundationModelError(
-            f"a foundation model is named by a text or a path (mini, medium_off, a .model file), "
+            f"a foundation model is given as a name or a path (mini, medium_off, a .model file), "
             f"found {type(name).__name__}"
         )
     if dtype not in (None, torch.float32, torch.float64):

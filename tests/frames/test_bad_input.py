@@ -70,7 +70,7 @@ def test_no_foundation_model(small_data):
     [
         ("text", "can't be read as a model"),
         ("state dict", "a checkpoint or a state dict"),
-        ("linear", "no MACE model: a Linear"),
+        ("linear", "not a MACE model: a Linear"),
         ("compiled", "give the .model file"),
     ],
 )

@@ -54,7 +54,7 @@ def test_each_target_must_match(model):
     with pytest.raises(NoLayerMatched, match=r"'readout_typo' matches 0 of \d+ layers; .* like "):
         inject(model, lora(targets=("linear", "readout_typo")))
     assert not list(adapters(model))
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         inject(model, lora(targets=("(",)))
 
 
