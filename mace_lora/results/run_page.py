@@ -168,7 +168,7 @@ def _method(page: Page, config: AdapterConfig, injected: InjectionReport) -> Non
     rows = [[part, *(f"{n:,}" for n in row)] for part, row in injected.parts.items()]
     page.table(["part of the model", "parameters", "trained", "adapted layers"], rows)
     if injected.skipped:
-        page.text("Not adapted, frozen as they are:")
+        page.text("Not adapted, and frozen:")
         page.points(injected.not_adapted())
 
 

@@ -63,7 +63,7 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
         args.E0s = "estimated"
     if args.only_cueq:
         logging.info(
-            "--only_cueq: mace-torch heeds it without a foundation model only; "
+            "--only_cueq: mace-torch ignores it where there is a foundation model; "
             "training with --enable_cueq=True"
         )
         args.enable_cueq, args.only_cueq = True, False
@@ -80,7 +80,7 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
     if args.model not in _FROM_FOUNDATION:
         raise ConfigError(
             f"--model={args.model}: mace-torch starts such a model from random numbers, whatever "
-            "--foundation_model says, and an adapter freezes them so; leave --model out"
+            "--foundation_model says, and an adapter would freeze those; leave --model out"
         )
     if not args.name or "/" in args.name:
         raise ConfigError(
@@ -90,5 +90,5 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
     if not args.foundation_filter_elements:
         raise ConfigError(
             "--foundation_filter_elements=False starts the readouts from random numbers, and an "
-            "adapter freezes them so; leave one of the two out"
+            "adapter would freeze those; leave one of the two out"
         )

@@ -209,5 +209,5 @@ def _log_energy_offset(
         )
         logging.warning(
             f"{source} starts {offset:+.2f} eV per atom away from the labels, and a "
-            f"low-rank adapter hardly moves such an offset: {advice}"
+            f"low-rank adapter can hardly correct such an offset: {advice}"
         )

@@ -84,7 +84,7 @@ def check(*packages: str) -> None:
     found = problems(packages) if packages else problems()
     if found:
         raise UnsupportedUpstream(
-            f"mace-torch {installed} can't be hosted: {'; '.join(found)}. "
+            f"mace-torch {installed} doesn't fit: {'; '.join(found)}. "
             f"mace_lora is tested with mace-torch {TESTED}: pip install mace-torch=={TESTED}"
         )
 

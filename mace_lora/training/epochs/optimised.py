@@ -46,7 +46,7 @@ def parameter_groups(args: argparse.Namespace, model: torch.nn.Module) -> dict[s
             key = name.partition(".")[0], own.get(id(parameter), 1.0)
             groups.setdefault(key, []).append(parameter)
     logging.info(
-        f"Weight decay {args.weight_decay} acts on all adapter parameters, on no frozen one"
+        f"Weight decay {args.weight_decay} applies to all adapter parameters and to no frozen one"
     )
     return {
         "params": [

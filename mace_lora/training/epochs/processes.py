@@ -39,7 +39,7 @@ def set_launcher(args: argparse.Namespace) -> None:
         )
     if args.launcher == "slurm" and "SLURM_PROCID" not in os.environ:
         raise ConfigError(
-            "--distributed takes --launcher=slurm by default, but this is no task of SLURM: start "
+            "--distributed takes --launcher=slurm by default, but this is not a SLURM task: start "
             "it with srun, or with torchrun"
         )
     local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

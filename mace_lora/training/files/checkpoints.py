@@ -145,7 +145,7 @@ class Checkpoints:
         )
         return CheckpointError(
             f"checkpoint {path} can't be written: {writing.reason(error)}. {kept}; nothing else "
-            "was touched. Make room or mend the folder, then continue with --restart_latest"
+            "was touched. Free some space or fix the folder, then continue with --restart_latest"
         )
 
     def _identity(self, loop: Loop) -> identity.Identity:

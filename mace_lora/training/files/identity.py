@@ -158,7 +158,7 @@ def _same_energies(there: Start, here: Start) -> bool:
 def log_changed_flags(there: Identity, here: Identity) -> None:
     """Log flags that were changed on the way; they hold from now on."""
     for text in _changes(there["free"], here["free"], prefix="--"):
-        logging.warning(f"Changed since the checkpoint, and followed from now on: {text}")
+        logging.warning(f"Changed since the checkpoint; the new values apply from now on: {text}")
 
 
 def apply_new_rates(

@@ -75,8 +75,8 @@ class Saving:
         if gates:
             gated.mark(merged)
             logging.info(
-                f"{len(gates)} gates depend on the input and stay: loading the .model file needs "
-                "mace_lora, the _compiled.model doesn't"
+                f"{len(gates)} gates depend on the input and can't be merged: loading the .model file "
+                "needs mace_lora, the _compiled.model doesn't"
             )
         otherwise = f"no model was written, the adapter is in {self.adapter_folder()}"
         found = predicting.prove_merge(before, merged, batches, otherwise)
@@ -148,7 +148,7 @@ def files_left(run: Run) -> dict[str, str]:
     }
     files[f"{name}_learning_curve.png"] = "validation errors by epoch"
     files[f"{name}_parity.png"] = "predictions against labels"
-    files[f"{name}_report.html"] = "all of this on a page, to be read in a browser or sent"
+    files[f"{name}_report.html"] = "all of this on one page, to open in a browser or to send"
     return {
         str(folder / file): meaning for file, meaning in files.items() if (folder / file).exists()
     }

@@ -26,8 +26,8 @@ _OUTSIDE = {
     errno.EIO,
 }
 _REMEDY = (
-    "Nothing that existed was harmed, and training up to the last checkpoint is safe: make room or "
-    "mend the folder, then repeat the command with --restart_latest"
+    "Nothing that existed was harmed, and training up to the last checkpoint is safe: free some "
+    "space or fix the folder, then repeat the command with --restart_latest"
 )
 
 
