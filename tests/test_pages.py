@@ -23,6 +23,8 @@ PAGES = sorted(
 # Flags of sbatch, ruff and mace_create_lammps_model that the pages speak of
 OF_OTHERS = {"--account", "--array", "--gpus", "--gres", "--nodes", "--partition", "--signal"}
 OF_OTHERS |= {"--check", "--format", "--time", "--nproc_per_node"}
+SUFFIXES = (".py", ".sh", ".yaml", ".sbatch")
+EXAMPLES = {"gains.py"}  # of "Add a method"
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -53,6 +55,15 @@ def test_links_lead_somewhere(page):
         if anchor:
             place = there / "README.md" if there.is_dir() else there
             assert anchor in anchors(place), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_that_are_named_exist(page):
+    """By their names, or by paths from anywhere in the repository."""
+    paths = [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.suffix in SUFFIXES]
+    named = {c for c in code(page) if re.fullmatch(r"[\w./-]+", c)} - EXAMPLES
+    named = {c for c in named if Path(c).suffix in SUFFIXES}
+    assert not [n for n in named if not any(f"/{p}".endswith(f"/{n}") for p in paths)]
 
 
 def test_the_readme_is_short():

@@ -16,8 +16,8 @@ class RunOptions:
     adapter_start: str | None = field(
         default=None,
         metadata={
-            "help": "an adapter directory to go on from: its factors, and its method and options "
-            "where no flag says otherwise",
+            "help": "an adapter directory to continue from: its factors are the start, and its "
+            "method and options hold unless a flag says otherwise",
             "type": str,
             "metavar": "DIR",
         },
@@ -25,22 +25,20 @@ class RunOptions:
     warmup_steps: int = field(
         default=0,
         metadata={
-            "help": "optimiser steps during which the learning rate rises to --lr in a straight "
-            "line"
+            "help": "number of optimiser steps over which the learning rate rises linearly to --lr"
         },
     )
     accumulate: int = field(
         default=1,
         metadata={
-            "help": "batches whose gradients make one optimiser step: as a batch so much larger, "
+            "help": "batches per optimiser step: the effect of a batch that many times larger, "
             "in the memory of one"
         },
     )
     checkpoint_seconds: float = field(
         default=600.0,
         metadata={
-            "help": "a long epoch is saved in between, after the step at which so many seconds "
-            "have passed; 0: after each step"
+            "help": "seconds between checkpoints within a long epoch; 0: one after each step"
         },
     )
     step: str = field(

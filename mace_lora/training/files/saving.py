@@ -75,8 +75,8 @@ class Saving:
         if gates:
             gated.mark(merged)
             logging.info(
-                f"{len(gates)} gates depend on the input and can't be merged: loading the .model file "
-                "needs mace_lora, the _compiled.model doesn't"
+                f"{len(gates)} gates depend on the input and can't be merged: loading the .model "
+                "file needs mace_lora, the _compiled.model doesn't"
             )
         otherwise = f"no model was written, the adapter is in {self.adapter_folder()}"
         found = predicting.prove_merge(before, merged, batches, otherwise)
