@@ -1,1 +1,1 @@
-"""One run of mace-torch's training script: `run` has its order, `session` what it calls back."""
+"""One run of mace-torch's training script: `run` has its order, `record` what is known of it."""
