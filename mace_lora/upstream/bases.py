@@ -42,7 +42,9 @@ def symmetric(coupling: torch.Tensor, vector: bool) -> torch.Tensor:
     axes = range(first, coupling.ndim - 1)
     orders = list(itertools.permutations(axes))
     double = coupling.double()
-    total = sum(double.permute(*range(first), *order, coupling.ndim - 1) for order in orders)
+    total = torch.zeros_like(double)
+    for order in orders:
+        total += double.permute(*range(first), *order, coupling.ndim - 1)
     return (total / len(orders)).reshape(-1, coupling.shape[-1])
 
 
@@ -61,7 +63,7 @@ def tell_basis(model: torch.nn.Module) -> None:
         for name, part in model.named_modules()
         if ".contractions." in name
     ):
-        model.use_reduced_cg = False
+        setattr(model, "use_reduced_cg", False)  # noqa: B010  (torch's stubs know tensors alone)
 
 
 def _depend(contractions: Iterable[Mapping[str, torch.Tensor]]) -> bool:
@@ -127,7 +129,7 @@ def changed_bases(
 
 def _transition(there: torch.Tensor, here: torch.Tensor, path: str) -> torch.Tensor:
     """(paths here, paths there): the weights here that couple as those there do."""
-    matrix = torch.linalg.pinv(here, rtol=1e-6) @ there
+    matrix: torch.Tensor = torch.linalg.pinv(here, rtol=1e-6) @ there
     if not close(here @ matrix, there):
         raise Foreign(f"the weights of {path} are in a basis that mace-torch doesn't have")
     return matrix
