@@ -45,6 +45,7 @@ class Data:
     ) -> None:
         self.args = args
         self.energies = AtomicEnergies()
+        self.has_isolated_atoms = False  # which give the E0s, whatever --E0s says
         self._files = [] if files is None else files
         self._loaded = loaded
         self._one_head: torch.nn.Module | None = None
@@ -177,6 +178,7 @@ class Data:
         )
         if extract_atomic_energies:
             frames.set_isolated_aside(keep=keep_isolated_atoms)
+            self.has_isolated_atoms |= bool(frames.energies)
         self._files.append(file_path)
         lacking = checks.check(frames, rules)
         if extract_atomic_energies:  # these are frames to train on

@@ -137,7 +137,7 @@ class Start:
         _restore_e0s(model, energies)
         start = {**describe(model), "fingerprint": fingerprint(model)}
         self.run.started = Started(base, start)
-        _log_energy_offset(args, model, train_loader)
+        _log_energy_offset(args, model, train_loader, self.data.has_isolated_atoms)
         return model, outputs
 
     def inject(self, model: torch.nn.Module, rank: int = 0, alpha: float = 0) -> torch.nn.Module:
@@ -188,7 +188,7 @@ def _restore_e0s(model: torch.nn.Module, energies: npt.NDArray[np.float64] | Non
 
 
 def _log_energy_offset(
-    args: argparse.Namespace, model: torch.nn.Module, train_loader: Loader
+    args: argparse.Namespace, model: torch.nn.Module, train_loader: Loader, isolated: bool
 ) -> None:
     batches = predicting.batch_of(train_loader.dataset, OFFSET_FRAMES, "energy")
     if not batches:
@@ -201,13 +201,17 @@ def _log_energy_offset(
     logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
     if abs(offset) > LARGE_OFFSET:
         source = f"--E0s={args.E0s}" if args.statistics_file is None else args.statistics_file
+        source = "the E0s of the isolated atoms in the training files" if isolated else source
         advice = (
             "are the labels of all frames (of each head) of one kind, in eV?"
-            if args.E0s == "estimated"
+            if args.E0s == "estimated" and not isolated
+            else "remove them and use --E0s=estimated, which fits E0s to what the foundation model "
+            "leaves over"
+            if isolated
             else "use --E0s=estimated (with .xyz files), which fits the E0s to what the "
             "foundation model leaves over"
         )
         logging.warning(
-            f"{source} starts {offset:+.2f} eV per atom away from the labels, and a "
+            f"{source}: training starts {offset:+.2f} eV per atom away from the labels, and a "
             f"low-rank adapter can hardly correct such an offset: {advice}"
         )
