@@ -7,6 +7,7 @@ import ast
 from collections.abc import Mapping
 
 from mace_lora.errors import ConfigError
+from mace_lora.upstream import names as upstream
 
 # Entries of a head's table that mace-torch reads from a text
 _AS_TEXT = ("E0s", "atomic_numbers", "config_type_weights")
@@ -80,3 +81,21 @@ def _in_texts(head: Mapping[str, object]) -> dict[str, object]:
         key: repr(value) if key in _AS_TEXT and isinstance(value, (dict, list)) else value
         for key, value in head.items()
     }
+
+
+def replay_data(name: str, args: argparse.Namespace, head_config_pt: object, tag: str) -> object:
+    """mace-torch's frames for replay, which it downloads unless they are in its cache.
+
+    Raises:
+        ConfigError: it can't get them.
+    """
+    try:
+        return upstream.original("replay_data")(name, args, head_config_pt, tag)
+    except RuntimeError as error:
+        cause = error.__cause__ or error
+        raise ConfigError(
+            f"--pt_train_file={name} names a data set that mace-torch downloads, and it could not "
+            f"({type(cause).__name__}: {cause}). Without a network, give a file of frames that "
+            "the foundation model was trained on: --pt_train_file=replay.xyz, or train without "
+            "replay: --multiheads_finetuning=False"
+        ) from error

@@ -11,7 +11,7 @@ import torch
 
 from mace_lora.config import AdapterConfig
 from mace_lora.frames.energies import gaps_told
-from mace_lora.training import losses, metrics, start, summary
+from mace_lora.training import flags, losses, metrics, start, summary
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
 from mace_lora.training.epochs.computing import Computing
@@ -77,6 +77,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         # foundation: here, or before the script where we have loaded it
         **{key: start.remember_foundation(run, upstream.original(key)) for key in _LOADERS},
         # the frames
+        "replay_data": flags.replay_data,
         **data.substitutes(),
         "loss": losses.of_run,
         "stage_two": losses.of_stage_two,

@@ -105,6 +105,12 @@ SUBSTITUTED: dict[str, Row] = {
         "they are fitted to frames in HDF5 or LMDB",
         "a statistics file overrules `--E0s`, and can't be read as numpy 2 prints it (804)",
     ),
+    "replay_data": _in_run(
+        _RUN,
+        "assemble_replay_data(name, args, head_config_pt, tag)",
+        "the same, its errors in words",
+        "without a network there is a traceback of what the download said",
+    ),
     "load_xyz": _in_run(
         _DATA,
         "load_from_xyz(file_path, key_specification)",

@@ -7,6 +7,7 @@ import ast
 
 import pytest
 import torch
+from helpers.running import here, results, same_weights
 
 from mace_lora import MaceLoraCalculator
 from mace_lora.errors import ConfigError
@@ -77,7 +78,7 @@ def test_devices_that_are_not_there(base, monkeypatch):
     check_device("cuda:0", "float64")
     with pytest.raises(ConfigError, match=r"--device=cuda:1: torch finds 1 such devices"):
         check_device("cuda:1")
-    with pytest.raises(ConfigError, match=r"--device=mps: no MPS .*--device=cpu or cuda"):
+    with pytest.raises(ConfigError, match=r"--device=mps: torch .*--device=cpu or cuda"):
         check_device("mps")
     with pytest.raises(ConfigError, match=r"--device=gpu: no kind of device"):
         check_device("gpu")
@@ -87,3 +88,36 @@ def test_devices_that_are_not_there(base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"device=cuda: torch finds no CUDA device"):
         MaceLoraCalculator(base=base, device="cuda")
+
+
+def test_replay_data_that_can_not_be_downloaded(foundation, tmp_path, small_data, monkeypatch):
+    """As on a node of a cluster without a network; the cache is empty."""
+    from mace.tools import multihead_tools
+
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(multihead_tools.urllib.request, "urlretrieve", no_network)
+    monkeypatch.setattr(multihead_tools, "get_cache_dir", lambda: str(tmp_path / "cache"))
+    given = [f"--foundation_model={foundation}", "--multiheads_finetuning=True"]
+    given += [f"--{part}_file={small_data[part]}" for part in ("train", "valid")]
+    error = here(tmp_path, "--name=run", "--lora=True", "--pt_train_file=mp", *given)
+    assert "--pt_train_file=mp names a data set that mace-torch downloads" in error
+    assert "Name or service not known" in error
+    assert "--pt_train_file=replay.xyz" in error
+    missing = here(tmp_path, "--name=run", "--lora=True", "--pt_train_file=my.xyz", *given)
+    assert "--pt_train_file=my.xyz: there is no such file" in missing
+
+
+def test_the_last_epoch_is_validated(foundation, tmp_path, small_data):
+    """With --eval_interval=5 and 3 epochs mace-torch gives the weights of the first one."""
+    given = [f"--foundation_model={foundation}", "--lora=True", "--batch_size=5", "--lr=0.01"]
+    given += [f"--{part}_file={small_data[part]}" for part in ("train", "valid")]
+    given += ["--name=run", "--seed=1", "--max_num_epochs=3", "--error_table=PerAtomMAE"]
+    folders = [tmp_path / "every", tmp_path / "fifth"]
+    for folder, interval in zip(folders, (1, 5), strict=True):
+        assert here(folder, *given, f"--eval_interval={interval}") == ""
+    losses = [[r["loss"] for r in results(f) if r["mode"] == "eval"] for f in folders]
+    assert losses[1] == [losses[0][0], losses[0][1], losses[0][3]]
+    assert losses[0][3] == min(losses[0])
+    assert same_weights(folders[0] / "run.model", folders[1] / "run.model")
