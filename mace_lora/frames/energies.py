@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mace_lora.errors import ConfigError, DataError
+from mace_lora.errors import ConfigError, DataError, FoundationModelError
 from mace_lora.frames.checks import symbols
+from mace_lora.model.description import atomic_numbers, describe
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration
 
@@ -89,12 +90,12 @@ class AtomicEnergies:
             table: the elements, as mace-torch's AtomicNumberTable.
             device: on which to compute.
         """
-        own = model.atomic_energies_fn.atomic_energies
-        own = own.reshape(-1, own.shape[-1])[0].tolist()
-        numbers = [int(z) for z in model.atomic_numbers]
+        rows = describe(model)["atomic_energies"]
+        if rows is None:
+            raise FoundationModelError("the foundation model has no E0s to estimate others from")
         return self.estimate(
             model,
-            foundation_e0s=dict(zip(numbers, own, strict=True)),
+            foundation_e0s=dict(zip(atomic_numbers(model), rows[0], strict=True)),
             collections_train=frames,
             z_table=table,
             device=device,
@@ -104,7 +105,8 @@ class AtomicEnergies:
         """Upstream's `dict_to_array`; remembers which elements the columns are."""
         tables = [t for t in input_data.values() if isinstance(t, dict)]
         self._elements = sorted({int(z) for table in tables for z in table})
-        return upstream.original("energies_as_array")(input_data, heads)
+        array: np.ndarray = upstream.original("energies_as_array")(input_data, heads)
+        return array
 
     def of_elements(self, energies: np.ndarray | None, elements: list[int]) -> np.ndarray | None:
         """The columns of `elements`; upstream keeps all that were given, and fails in the model."""

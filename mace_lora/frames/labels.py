@@ -93,7 +93,8 @@ def in_shape(name: str, value: object, n_atoms: int, called: str) -> Array:
             f"{called} holds {str(value)!r}, where plain numbers are needed{unit}"
         ) from None
     if name in _MATRICES and array.shape == (6,):
-        return array[_VOIGT]
+        matrix: Array = array[_VOIGT]
+        return matrix
     shapes = _shapes(name, n_atoms)
     if array.shape in shapes:
         return array.reshape(shapes[0])

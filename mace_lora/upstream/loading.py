@@ -101,13 +101,17 @@ def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> to
 
 def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
     keywords = {"device": str(device), "default_dtype": str(dtype).removeprefix("torch.")}
+    model: torch.nn.Module
     if name in upstream.module("mace.cli.run_train").polar_model_names:
-        return upstream.original("mace_polar")(model=name, return_raw_model=True, **keywords)
-    if name == "mace_omol":
-        return upstream.original("mace_omol")(**keywords).models[0]
-    if name.endswith("_off"):
-        return upstream.original("mace_off")(model=name.removesuffix("_off"), **keywords).models[0]
-    return upstream.original("mace_mp")(model=name, **keywords).models[0]
+        model = upstream.original("mace_polar")(model=name, return_raw_model=True, **keywords)
+    elif name == "mace_omol":
+        model = upstream.original("mace_omol")(**keywords).models[0]
+    elif name.endswith("_off"):
+        off = upstream.original("mace_off")
+        model = off(model=name.removesuffix("_off"), **keywords).models[0]
+    else:
+        model = upstream.original("mace_mp")(model=name, **keywords).models[0]
+    return model
 
 
 def _load_file(name: str, flag: str, trust: bool) -> torch.nn.Module:

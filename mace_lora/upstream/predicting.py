@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import ase
+import numpy as np
 import torch
 
 from mace_lora.errors import MergeMismatch
@@ -109,19 +110,21 @@ def batch_of(dataset: Any, n_frames: int, label: str | None = None) -> list[Any]
 
 def has(graph: Any, label: str) -> bool:
     """Whether a graph has a label that weighs anything."""
-    weight = getattr(graph, f"{label}_weight", None)
-    return getattr(graph, label, None) is not None and bool((weight > 0).any())
+    if getattr(graph, label, None) is None:
+        return False
+    weight: torch.Tensor = getattr(graph, f"{label}_weight")
+    return bool((weight > 0).any())
 
 
 def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
     """The first frames of a data set of mace-torch as `ase.Atoms`, labelled by the default keys."""
-    numbers = model.atomic_numbers.cpu()
+    numbers = np.array(atomic_numbers(model))
     inputs = inputs_of(model).values()
     found = []
     for i in range(min(n_frames, len(dataset))):
         data = dataset[i]
         atoms = ase.Atoms(
-            numbers[data.node_attrs.argmax(dim=1)].numpy(),
+            numbers[data.node_attrs.argmax(dim=1).numpy()],
             data.positions.numpy(),
             cell=None if data.cell is None else data.cell.reshape(3, 3).numpy(),
             pbc=None if data.pbc is None else data.pbc.reshape(3).numpy(),
@@ -175,7 +178,11 @@ def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Mod
 
 def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Any]:
     table = upstream.module("mace.tools").AtomicNumberTable(atomic_numbers(model))
-    settings = {"z_table": table, "cutoff": float(model.r_max), "heads": heads_of(model)}
+    settings = {
+        "z_table": table,
+        "cutoff": float(model.get_buffer("r_max")),
+        "heads": heads_of(model),
+    }
     make = Graphs.of(model)
     with default_dtype(next(model.parameters()).dtype):
         return [make.from_config(frame, **settings) for frame in frames]

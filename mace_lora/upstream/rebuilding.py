@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mace_lora.errors import FoundationModelError
-from mace_lora.model.description import check_head, heads, restore_constants
+from mace_lora.model.description import atomic_numbers, check_head, heads, restore_constants
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.precision import default_dtype
 
@@ -54,7 +54,7 @@ def specialise(foundation: torch.nn.Module, description: dict[str, Any]) -> torc
     """
     table = upstream.module("mace.tools").AtomicNumberTable
     numbers = [int(z) for z in description["atomic_numbers"]]
-    known = {int(z) for z in foundation.atomic_numbers}
+    known = set(atomic_numbers(foundation))
     if not set(numbers) <= known:
         raise FoundationModelError(
             f"the adapter is for elements {numbers}; this base model knows {sorted(known)}"
@@ -97,4 +97,7 @@ def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module
     check_head(model, head, "head")
     dtype = next(model.parameters()).dtype
     with default_dtype(dtype):
-        return upstream.module("mace.tools.scripts_utils").remove_pt_head(model, head)
+        one: torch.nn.Module = upstream.module("mace.tools.scripts_utils").remove_pt_head(
+            model, head
+        )
+        return one
