@@ -53,8 +53,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     # before argparse, which would rather say that the flag that was meant is missing
     words = [word.split("=")[0] for word in itertools.takewhile("--".__ne__, argv)]
     _refuse(
-        parser,
-        [w for w in words if w.startswith("--") and not any(f.startswith(w) for f in flags)],
+        parser, [w for w in words if w.startswith("--") and not any(f.startswith(w) for f in flags)]
     )
     options, unknown = parser.parse_known_args(argv)
     _refuse(parser, unknown)  # among them keys of a configuration file

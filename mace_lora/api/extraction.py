@@ -13,12 +13,7 @@ from ase.data import chemical_symbols
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError, FoundationModelError, NotMergeable
 from mace_lora.model import artefact
-from mace_lora.model.description import (
-    Description,
-    atomic_numbers,
-    describe,
-    restore_constants,
-)
+from mace_lora.model.description import Description, atomic_numbers, describe, restore_constants
 from mace_lora.model.fingerprint import base_state, fingerprint
 from mace_lora.model.injection import adapter_parameters, adapters, inject
 from mace_lora.model.merging import changes, unload

@@ -22,10 +22,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=ExistingModel, help="the merged .model file")
     parser.add_argument(
-        "--adapter",
-        required=True,
-        type=ExistingAdapter,
-        help="the adapter that was merged into it",
+        "--adapter", required=True, type=ExistingAdapter, help="the adapter that was merged into it"
     )
     parser.add_argument("--output", required=True, help="the .model file to write")
     common.add_trust(parser)
@@ -39,11 +36,7 @@ def run(options: argparse.Namespace) -> Data:
         common.load(options.model, "model", trust=options.trust), options.adapter
     )
     common.save(model, options.output)
-    return {
-        "output": options.output,
-        "bytes": size(options.output),
-        "fingerprint_matches": exact,
-    }
+    return {"output": options.output, "bytes": size(options.output), "fingerprint_matches": exact}
 
 
 def text(data: Data) -> str:

@@ -137,8 +137,7 @@ class Data:
             frame
             for file in files
             for part in stored.parts(
-                file,
-                upstream.original("load_stored")(file_path=file, head_config=head, **settings),
+                file, upstream.original("load_stored")(file_path=file, head_config=head, **settings)
             )
             for frame in part
         ]

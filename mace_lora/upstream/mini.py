@@ -27,19 +27,10 @@ WEIGHTS = "mini.safetensors"
 CARD = "mini.json"
 
 # Buffers which carry data instead of following from the architecture.
-DATA_BUFFERS = (
-    "atomic_energies_fn.atomic_energies",
-    "scale_shift.scale",
-    "scale_shift.shift",
-)
+DATA_BUFFERS = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")
 _INTERACTIONS = ("interaction_cls", "interaction_cls_first")
 _IRREPS = ("hidden_irreps", "MLP_irreps")
-_GATES = {
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
-    "abs": torch.abs,
-    None: None,
-}
+_GATES = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "abs": torch.abs, None: None}
 
 
 def construct(architecture: dict[str, Any], dtype: torch.dtype) -> modules.ScaleShiftMACE:
