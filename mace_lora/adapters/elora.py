@@ -14,8 +14,8 @@ from __future__ import annotations
 from mace_lora.adapters.base import AnyAdapter
 from mace_lora.adapters.full_update import FullUpdate
 from mace_lora.adapters.layout import Site
+from mace_lora.adapters.low_rank import PathUpdate
 from mace_lora.adapters.options import EloraOptions
-from mace_lora.adapters.paths import PathUpdate
 
 
 class Elora(PathUpdate[EloraOptions]):

@@ -46,7 +46,7 @@ class LowRank(WeightAdapter[L]):
         self.lora_A = torch.nn.ParameterList()
         self.lora_B = torch.nn.ParameterList()
         for part in self.parts:
-            rank = used_rank(options.rank, part.rows, part.cols) if cap else options.rank
+            rank = min(options.rank, part.rows, part.cols) if cap else options.rank
             self.lora_A.append(torch.nn.Parameter(torch.empty(part.rows, rank)))
             self.lora_B.append(torch.nn.Parameter(torch.zeros(rank, part.cols)))
         self.initialise()
@@ -111,11 +111,6 @@ class LowRank(WeightAdapter[L]):
         return "; ".join(capped)
 
 
-def used_rank(rank: int, rows: int, cols: int) -> int:
-    """The rank that a (rows, cols) matrix can use."""
-    return min(rank, rows, cols)
-
-
 def group_parts(layout: WeightLayout, options: LowRankOptions) -> list[MatrixPart]:
     """One part per irrep, all its inputs and outputs together.
 
@@ -123,7 +118,35 @@ def group_parts(layout: WeightLayout, options: LowRankOptions) -> list[MatrixPar
     """
     parts = []
     for group in layout.groups:
-        rank = used_rank(options.rank, group.rows, group.cols)
+        rank = min(options.rank, group.rows, group.cols)
         norm = rank**-0.5 if layout.normalised and rank else 1.0
         parts.append(MatrixPart(group.label, group.rows, group.cols, options.scaling * norm))
     return parts
+
+
+class PathUpdate(LowRank[L]):
+    """W + (alpha / r) A B for every path of a layer, before the layer's normalisation.
+
+    Args:
+        cap: no rank higher than a path can use.
+        simplify: neighbouring inputs of one irrep make one path. They did in the layers of MACE
+            when the method was published; today mace-torch lists them one by one, in the same
+            order.
+    """
+
+    def __init__(
+        self, layout: WeightLayout, options: L, cap: bool = True, simplify: bool = True
+    ) -> None:
+        if simplify:
+            layout = layout.simplified()
+        parts = [
+            MatrixPart(layout.groups[b.group].label, b.rows, b.cols, options.scaling)
+            for b in layout.blocks
+        ]
+        super().__init__(layout, options, parts, cap)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.layout.join(self.updates())
+
+    def fit(self, update: torch.Tensor) -> None:
+        self.fit_parts(self.layout.split(update))

@@ -25,8 +25,8 @@ import torch
 from mace_lora.adapters.base import AnyAdapter, OutputAdapter
 from mace_lora.adapters.full_update import FullUpdate
 from mace_lora.adapters.layout import IrrepBlock, Site, WeightLayout
+from mace_lora.adapters.low_rank import PathUpdate
 from mace_lora.adapters.options import MMEA_STD, LowRankOptions, MmeaOptions
-from mace_lora.adapters.paths import PathUpdate
 
 # |c| stays below this before exp: gates lie between 1/148 and 148
 BOUND = 5.0

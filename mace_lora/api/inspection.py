@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,6 @@ def _checkpoint(path: Path) -> Data | None:
         return None
     if not isinstance(content, dict):
         return None
-    tensors: dict[str, torch.Tensor] = {}
-    _collect(content, "", tensors)
     return {
         "what": "checkpoint",
         "path": str(path),
@@ -83,8 +82,7 @@ def _checkpoint(path: Path) -> Data | None:
             str(key): _count(value) for key, value in content.items() if not _is_number(value)
         },
         "numbers": {str(key): value for key, value in content.items() if _is_number(value)},
-        "tensors": len(tensors),
-        "values": sum(t.numel() for t in tensors.values()),
+        **_count(content),
         "run": _run_of(content),
     }
 
@@ -98,25 +96,21 @@ def _run_of(content: dict[str, Any]) -> Data | None:
     return {**kept, "progress": progress}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, str, bool)) or value is None
 
 
-def _collect(value: Any, name: str, found: dict[str, torch.Tensor]) -> None:
+def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        found[name] = value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _collect(inner, f"{name}.{key}", found)
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            _collect(inner, f"{name}.{i}", found)
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
 
 
-def _count(value: Any) -> dict[str, int]:
-    tensors: dict[str, torch.Tensor] = {}
-    _collect(value, "", tensors)
-    return {"tensors": len(tensors), "values": sum(t.numel() for t in tensors.values())}
+def _count(value: object) -> dict[str, int]:
+    sizes = [tensor.numel() for tensor in _tensors(value)]
+    return {"tensors": len(sizes), "values": sum(sizes)}
 
 
 # ---------------------------------------------------------------------------- adapters

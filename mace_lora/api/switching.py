@@ -146,15 +146,10 @@ def _mean_constants(descriptions: list[tuple[float, Description]]) -> Descriptio
     return mean
 
 
-def trainable_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Number of trainable parameters, and of all: those of the base and of the adapters."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
 def print_trainable_parameters(model: torch.nn.Module) -> None:
     """Print `trainable params: 8,386 || all params: 74,866 || trainable%: 11.20`, as PEFT does."""
-    trainable, total = trainable_parameters(model)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / max(1, total):.2f}"

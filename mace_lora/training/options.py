@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from mace_lora.adapters.options import option
 from mace_lora.backends.registry import AUTO, CHOICES, describe
 from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.upstream.known import TRUST_HELP
@@ -13,42 +14,30 @@ from mace_lora.upstream.known import TRUST_HELP
 class RunOptions:
     """Options of a training run with an adapter that mace-torch doesn't have. Each is a flag."""
 
-    adapter_start: str | None = field(
-        default=None,
-        metadata={
-            "help": "an adapter directory to continue from: its factors are the start, and its "
-            "method and options hold unless a flag says otherwise",
-            "type": str,
-            "metavar": "DIR",
-        },
+    adapter_start: str | None = option(
+        None,
+        "an adapter directory to continue from: its factors are the start, and its method and "
+        "options hold unless a flag says otherwise",
+        type=str,
+        metavar="DIR",
     )
-    warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "number of optimiser steps over which the learning rate rises linearly to --lr"
-        },
+    warmup_steps: int = option(
+        0, "number of optimiser steps over which the learning rate rises linearly to --lr"
     )
-    accumulate: int = field(
-        default=1,
-        metadata={
-            "help": "batches per optimiser step: the effect of a batch that many times larger, "
-            "in the memory of one"
-        },
+    accumulate: int = option(
+        1,
+        "batches per optimiser step: the effect of a batch that many times larger, in the memory "
+        "of one",
     )
-    checkpoint_seconds: float = field(
-        default=600.0,
-        metadata={
-            "help": "seconds between checkpoints within a long epoch; 0: one after each step"
-        },
+    checkpoint_seconds: float = option(
+        600.0, "seconds between checkpoints within a long epoch; 0: one after each step"
     )
-    step: str = field(
-        default=AUTO,
-        metadata={
-            "help": f"how steps and evaluations are computed, with the same results: {describe()}",
-            "choices": CHOICES,
-        },
+    step: str = option(
+        AUTO,
+        f"how steps and evaluations are computed, with the same results: {describe()}",
+        choices=CHOICES,
     )
-    trust: bool = field(default=False, metadata={"help": TRUST_HELP})
+    trust: bool = option(False, TRUST_HELP)
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:

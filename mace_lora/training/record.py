@@ -9,51 +9,21 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast, overload
+from typing import NoReturn
 
 import torch
 
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import WriteError
-from mace_lora.model.description import Description, atomic_numbers
+from mace_lora.model.description import Description
 from mace_lora.model.report import InjectionReport
 from mace_lora.results.progress import History
 from mace_lora.training.options import RunOptions
 from mace_lora.upstream.types import Dataset
 
-T = TypeVar("T")
 
-
-class StageNotReached(AssertionError):
+class StageNotReached(AttributeError):
     """A fault of the program: something of a run is read before it is known."""
-
-
-class Stage(Generic[T]):
-    """An attribute that has no value before its stage is over."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, run: None, owner: type) -> Stage[T]: ...
-
-    @overload
-    def __get__(self, run: Run, owner: type) -> T: ...
-
-    def __get__(self, run: Run | None, owner: type) -> Stage[T] | T:
-        if run is None:
-            return self
-        if not self.is_reached(run):
-            known = ", ".join(vars(run))
-            raise StageNotReached(f"this run has not come to {self._name!r}; it knows {known}")
-        return cast(T, vars(run)[self._name])
-
-    def __set__(self, run: Run, value: T) -> None:
-        vars(run)[self._name] = value
-
-    def is_reached(self, run: Run) -> bool:
-        """Whether the stage is over."""
-        return self._name in vars(run)
 
 
 @dataclass(frozen=True)
@@ -77,17 +47,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Foundation:
-    """The foundation model as it was loaded, with all its heads and elements."""
-
-    model: torch.nn.Module
-
-    def elements(self) -> set[int]:
-        """Its atomic numbers."""
-        return set(atomic_numbers(self.model))
-
-
-@dataclass(frozen=True)
 class Started:
     """The models that the run started from, as `describe` gives them, with their fingerprints.
 
@@ -98,13 +57,6 @@ class Started:
 
     base: Description
     start: Description
-
-
-@dataclass(frozen=True)
-class Injected:
-    """The adapter is in the model."""
-
-    report: InjectionReport
 
 
 @dataclass
@@ -163,18 +115,24 @@ class Saved:
 
 
 class Run:
-    """One run with an adapter.
+    """One run with an adapter. What belongs to a stage has no value before (see `hasattr`).
 
     Attributes:
         files: that frames were read from, so far.
+        foundation: the foundation model as it was loaded, with all its heads and elements.
+        injected: says what the adapter changes in the model.
     """
 
-    foundation = Stage[Foundation]()
-    started = Stage[Started]()
-    injected = Stage[Injected]()
-    trained = Stage[Trained]()
-    saved = Stage[Saved]()
+    foundation: torch.nn.Module
+    started: Started
+    injected: InjectionReport
+    trained: Trained
+    saved: Saved
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.files: list[str] = []
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = ", ".join(vars(self))
+        raise StageNotReached(f"this run has not come to {name!r}; it knows {known}")

@@ -21,7 +21,7 @@ from mace_lora.training.files import saving, writing
 from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.training.options import RunOptions
 from mace_lora.training.prepare import prepare
-from mace_lora.training.record import Asked, Foundation, Run
+from mace_lora.training.record import Asked, Run
 from mace_lora.upstream import cueq, library, loading, precision
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.known import MINI
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     precision.exact_coefficients()
     record = Run(Asked(args, config, options))
     if model is not None:
-        record.foundation = Foundation(model)
+        record.foundation = model
     stop = StopRequest()
     with (
         stop.receiving(),
@@ -67,7 +67,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     Each comment says which stage of `run` is reached.
     """
     args = run.asked.args
-    data = Data(args, lambda: _model_of(run), run.files)
+    data = Data(args, lambda: getattr(run, "foundation", None), run.files)
     starting = start.Start(run, data)
     computing = Computing(run.asked.options.step)
     checkpoints = Checkpoints(run)
@@ -107,10 +107,6 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         "save": writing.save_whole,
         "jit_save": ending.jit_save,
     }
-
-
-def _model_of(run: Run) -> torch.nn.Module | None:
-    return run.foundation.model if Run.foundation.is_reached(run) else None
 
 
 _LOADERS = ("mace_mp", "mace_off", "mace_omol", "mace_polar")

@@ -21,7 +21,7 @@ from mace_lora.training import checks
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import processes
 from mace_lora.training.epochs.order import FrameOrder
-from mace_lora.training.record import Foundation, Injected, Run, Started
+from mace_lora.training.record import Run, Started
 from mace_lora.upstream import cueq, predicting
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.types import ElementTable, Loader
@@ -46,7 +46,7 @@ def remember_foundation(run: Run, load: Callable[..., object]) -> Callable[..., 
             )
         loaded = load(*positional, **keywords)
         models: list[torch.nn.Module] = getattr(loaded, "models", [loaded])  # of a calculator
-        run.foundation = Foundation(models[0])
+        run.foundation = models[0]
         return loaded
 
     return loader
@@ -150,14 +150,14 @@ class Start:
             convert: LoadModel = cueq.convert if args.enable_cueq else upstream.original("to_oeq")
             with torch.random.fork_rng():  # so that the adapters start as without conversion
                 model = convert(deepcopy(model), device=args.device)
-        self.run.injected = Injected(inject(model, config))
+        self.run.injected = inject(model, config)
         if self.run.asked.options.adapter_start:
             self._take_factors(model, self.run.asked.options.adapter_start)
         banner = get_method(config.method).banner(config.options)
         if banner:
             logging.info(banner)
         options = ", ".join(f"{k}={v}" for k, v in config.options.to_json().items())
-        logging.info(f"Adapter {config.method} ({options})\n{self.run.injected.report}")
+        logging.info(f"Adapter {config.method} ({options})\n{self.run.injected}")
         return model
 
     def _take_factors(self, model: torch.nn.Module, folder: str) -> None:

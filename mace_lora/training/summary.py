@@ -15,13 +15,13 @@ def write(run: Run) -> None:
     Raises:
         WriteError: a file that mace-torch goes on without could not be written.
     """
-    if Run.trained.is_reached(run) and run.trained.history:
+    if hasattr(run, "trained") and run.trained.history:
         _log_errors(run)
-    if Run.saved.is_reached(run):
+    if hasattr(run, "saved"):
         _write_page(run)
     for file, meaning in files_left(run).items():
         logging.info(f"  {file}: {meaning}")
-    if Run.saved.is_reached(run) and run.saved.lost is not None:
+    if hasattr(run, "saved") and run.saved.lost is not None:
         raise run.saved.lost
 
 
@@ -43,7 +43,7 @@ def _write_page(run: Run) -> None:
             run.asked.given,
             run.trained.n_frames,
             run.asked.config,
-            run.injected.report,
+            run.injected,
             run.trained.history,
             run.saved.model,
             run.trained.valid_sets,

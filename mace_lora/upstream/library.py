@@ -6,7 +6,7 @@ Those that are substituted during a run are looked up at each call, so that ours
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,21 +37,6 @@ def evaluate(**arguments: object) -> tuple[float, Metrics]:
 def log_validation(*arguments: object) -> None:
     """The line of a validation; the arguments are those of mace-torch's `valid_err_log`."""
     names.original("log_validation")(*arguments)
-
-
-def log_to_wandb(seen: Mapping[str, object]) -> None:
-    """A line of Weights & Biases."""
-    names.original("wandb_log")(seen)
-
-
-def describe_to_wandb(settings: Mapping[str, object]) -> None:
-    """Settings of the run for Weights & Biases, beside mace-torch's own."""
-    names.original("wandb_config").update(settings)
-
-
-def take_slurms_environment() -> None:
-    """Set torch's variables (RANK and the others) from those of SLURM."""
-    names.original("slurm")()
 
 
 def elements(numbers: Iterable[int]) -> ElementTable:

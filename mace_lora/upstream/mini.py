@@ -8,7 +8,6 @@ architecture (Clebsch-Gordan coefficients, contraction matrices, radial constant
 from __future__ import annotations
 
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from e3nn import o3
 from mace import modules
 from safetensors.torch import load, save
 
+from mace_lora.files import whole_file
 from mace_lora.upstream.precision import default_dtype
 
 FORMAT = 1
@@ -59,24 +59,11 @@ def _stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copy `weights` into the model; raise ValueError unless names and shapes fit exactly."""
-    own = _stored_tensors(model)
-    missing = sorted(set(own) - set(weights))
-    unexpected = sorted(set(weights) - set(own))
-    if missing or unexpected:
-        raise ValueError(
-            f"{WEIGHTS} does not fit its architecture: missing {missing}, unexpected {unexpected}"
-        )
-    wrong = [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if weights[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(f"{WEIGHTS} does not fit its architecture: " + "; ".join(wrong))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    """Copy `weights` into the model. Raises where names or shapes don't fit exactly."""
+    differing = sorted(_stored_tensors(model).keys() ^ weights.keys())
+    if differing:
+        raise ValueError(f"{WEIGHTS} does not fit its architecture: {differing} in one alone")
+    model.load_state_dict(weights, strict=False)  # the other buffers follow from the architecture
 
 
 def _read(name: str) -> bytes:
@@ -102,13 +89,6 @@ def build(dtype: torch.dtype | None = None) -> torch.nn.Module:
     return model
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write through a temporary file: a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def export(
     model: torch.nn.Module, architecture: dict[str, Any], card: dict[str, Any], folder: Path
 ) -> None:
@@ -122,5 +102,7 @@ def export(
     text = {"format": FORMAT, "name": "mini", "class": "ScaleShiftMACE"}
     text |= {"architecture": architecture} | card
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, save(weights, metadata={"name": "mini", "format": "pt"}))
-    _write(folder / CARD, (json.dumps(text, indent=2) + "\n").encode())
+    with whole_file(folder / WEIGHTS) as file:
+        file.write_bytes(save(weights, metadata={"name": "mini", "format": "pt"}))
+    with whole_file(folder / CARD) as file:
+        file.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")

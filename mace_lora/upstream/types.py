@@ -69,19 +69,13 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Graph: ...
 
 
-class BatchSampler(Protocol):
-    """torch's, which asks `sampler` for the order of the frames."""
-
-    sampler: torch.utils.data.Sampler[int]
-
-
 class Loader(Protocol):
     """Batches of a data set, in an order drawn from `generator`."""
 
     dataset: Dataset
     batch_size: int
     generator: torch.Generator
-    batch_sampler: BatchSampler
+    batch_sampler: torch.utils.data.BatchSampler
 
     def __len__(self) -> int: ...
 
@@ -100,22 +94,12 @@ class Scheduler(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None: ...
 
 
-class StageTwoScheduler(Protocol):
-    """torch's SWALR."""
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, object]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None: ...
-
-
 class StageTwo(Protocol):
     """What changes with `--swa` at epoch `start`."""
 
     start: int
     loss_fn: torch.nn.Module
-    scheduler: StageTwoScheduler
+    scheduler: torch.optim.swa_utils.SWALR
 
 
 class Average(Protocol):

@@ -33,6 +33,7 @@ from mace_lora.training.epochs.signals import EXIT_CODE, StopRequest
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.record import Run
 from mace_lora.upstream import library
+from mace_lora.upstream import names as upstream
 from mace_lora.upstream.types import Batch, Loader, Metrics, Number, TrainArguments
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class Loop:
                 "valid_rmse_f": metrics["rmse_f"],
             }
         if self.given.log_wandb and epoch is not None and self.rank == 0:
-            library.log_to_wandb(seen)
+            upstream.original("wandb_log")(seen)
         return float(loss)
 
     def _log_validation(self, loss: float, metrics: Metrics, epoch: int | None, head: str) -> None:

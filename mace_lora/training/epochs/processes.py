@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from mace_lora.errors import ConfigError
 from mace_lora.training.epochs.order import ShareOfBatches
-from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.types import Loader
 
@@ -60,7 +59,7 @@ def init(args: argparse.Namespace) -> tuple[int, int, int]:
     """mace-torch's `init_distributed`, for CPUs too: rank, rank on this machine, processes."""
     if args.distributed and args.device == "cpu" and args.launcher != "none":
         if args.launcher == "slurm":  # sets RANK and the others from SLURM's variables
-            library.take_slurms_environment()
+            upstream.original("slurm")()
         if not dist.is_initialized():
             dist.init_process_group(backend="gloo", init_method="env://")
     ranks: tuple[int, int, int] = upstream.original("init_distributed")(args)

@@ -11,7 +11,6 @@ from mace_lora.training.epochs.loop import Loop
 from mace_lora.training.epochs.signals import StopRequest
 from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.training.record import Run, Trained
-from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.types import TrainArguments
 
@@ -48,7 +47,8 @@ def _describe_to_wandb(run: Run, trained: int) -> None:
     """mace-torch tells wandb of its own flags alone."""
     method, options = run.asked.config.method, run.asked.config.options.to_json()
     flags = {f"{method}_{name}": value for name, value in options.items()}
-    library.describe_to_wandb({"adapter": method, **flags, "trained_parameters": trained})
+    settings = {"adapter": method, **flags, "trained_parameters": trained}
+    upstream.original("wandb_config").update(settings)
 
 
 def _draw_learning_curve(run: Run) -> None:

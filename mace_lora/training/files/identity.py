@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
+from collections.abc import Iterable
 from typing import TypedDict, cast
 
 import torch
@@ -14,36 +16,16 @@ from mace_lora.upstream.types import Loader, Scheduler
 
 # Flags that the stored states of optimiser, schedulers, EMA and data order were made with
 _FIXED = (
-    "seed",
-    "default_dtype",
-    "optimizer",
-    "lbfgs",
-    "amsgrad",
-    "beta",
-    "scheduler",
-    "lr_factor",
-    "scheduler_patience",
-    "lr_scheduler_gamma",
-    "lr_params_factors",
-    "ema",
-    "ema_decay",
+    *("seed", "default_dtype", "optimizer", "lbfgs", "amsgrad", "beta", "scheduler", "lr_factor"),
+    *("scheduler_patience", "lr_scheduler_gamma", "lr_params_factors", "ema", "ema_decay"),
 )
 # The same for stage two, once it has begun
 _STAGE_TWO = ("swa", "start_swa", "swa_lr")
 # Flags that may change on the way: said in the log, and followed from then on
 _FREE = (
-    "lr",
-    "weight_decay",
-    "clip_grad",
-    "loss",
-    "energy_weight",
-    "forces_weight",
-    "stress_weight",
-    "virials_weight",
-    "huber_delta",
-    "swa_energy_weight",
-    "swa_forces_weight",
-    "swa_stress_weight",
+    *("lr", "weight_decay", "clip_grad", "loss", "huber_delta"),
+    *("energy_weight", "forces_weight", "stress_weight", "virials_weight"),
+    *("swa_energy_weight", "swa_forces_weight", "swa_stress_weight"),
 )
 # E0s are fitted again at each start: equal up to rounding
 _SAME_ENERGY = 1e-6
@@ -82,7 +64,7 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
     base, start = run.started.base, run.started.start
     # What the order of the frames depends on. One process may be continued by two with half the
     # batch size: the global batches are the same.
-    data = {
+    data: dict[str, object] = {
         "training frames": len(loader.dataset),
         "frames per step (batch_size times processes)": loader.batch_size
         * processes.count(distributed),
@@ -94,15 +76,18 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         "options": config.options.to_json(),
         "base": {key: base.get(key) for key in ("name", "fingerprint")},
         "start": cast(Start, {key: start.get(key) for key in Start.__annotations__}),
-        "fixed": {key: _plain(getattr(args, key, None)) for key in _FIXED},
-        "stage_two": {key: _plain(getattr(args, key, None)) for key in _STAGE_TWO},
-        "free": {key: _plain(getattr(args, key, None)) for key in _FREE},
-        "data": {**data},
+        "fixed": _flags(args, _FIXED),
+        "stage_two": _flags(args, _STAGE_TWO),
+        "free": _flags(args, _FREE),
+        "data": data,
     }
 
 
-def _plain(value: object) -> object:
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+def _flags(args: argparse.Namespace, names: Iterable[str]) -> dict[str, object]:
+    values = {name: getattr(args, name, None) for name in names}
+    return {
+        k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in values.items()
+    }
 
 
 def differences(there: Identity, here: Identity, progress: Progress) -> list[str]:

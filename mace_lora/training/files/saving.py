@@ -83,7 +83,7 @@ class Saving:
         n_frames = sum(b.num_graphs for b in batches)
         text = predicting.differences_text(found)
         logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
-        lost = self.run.saved.lost if Run.saved.is_reached(self.run) else None  # stage one
+        lost = self.run.saved.lost if hasattr(self.run, "saved") else None  # stage one
         self.run.saved = Saved(merged, lost)
         return merged
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import IO
 
@@ -16,15 +16,7 @@ from mace_lora.upstream import names as upstream
 
 File = str | Path | IO[bytes]
 # What the world outside can do to a file: full, over quota, over the size limit, no permission
-_OUTSIDE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-}
+_OUTSIDE = {ENOSPC, EDQUOT, EFBIG, EACCES, EPERM, EROFS, EIO}
 _REMEDY = (
     "Nothing that existed was harmed, and training up to the last checkpoint is safe: free some "
     "space or fix the folder, then repeat the command with --restart_latest"
