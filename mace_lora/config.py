@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,17 +73,18 @@ class AdapterConfig:
                 )
         return AdapterConfig(method, new)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {"method": self.method, "options": self.options.to_json()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> AdapterConfig:
+    def from_json(cls, values: Mapping[str, object]) -> AdapterConfig:
         """The inverse of `to_json`; an unknown key is an error, since it would change energies."""
-        if not isinstance(values.get("method"), str) or not isinstance(values.get("options"), dict):
+        method, options = values.get("method"), values.get("options")
+        if not isinstance(method, str) or not isinstance(options, dict):
             raise ConfigError(
                 "an adapter configuration needs 'method' (text) and 'options' (table)"
             )
-        options: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["options"].items()
+        as_given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
         }
-        return cls.create(values["method"], **options)
+        return cls.create(method, **as_given)

@@ -46,7 +46,7 @@ class AdapterOptions:
     `presets`: options under a name, for those who don't want to choose.
     """
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    presets: ClassVar[dict[str, dict[str, object]]] = {}
 
     targets: tuple[str, ...] = option(
         ("default",),
@@ -106,7 +106,7 @@ class AdapterOptions:
     def check(self) -> None:
         """Raises ConfigError, as `<option>=<value>: <reason>`, where a value makes no sense."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -228,7 +228,7 @@ class LoraOptions(LowRankOptions):
     """Options of `--adapter=lora`; rank and alpha are mace-torch's own flags."""
 
     # Chosen on aspirin, acetylacetone and ethanol from `mini`, see this folder's README
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
+    presets: ClassVar[dict[str, dict[str, object]]] = {
         "small-data": {"rank": 4, "alpha": 4.0, "targets": ("default",)},
         "balanced": {"rank": 6, "alpha": 6.0, "targets": ("all",)},
         "max-accuracy": {"rank": 16, "alpha": 8.0, "targets": ("all",)},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ def inspect(name: str, base: str | None = None, trust: bool = False) -> Data:
 # ---------------------------------------------------------------------------- models
 
 
-def _model(name: str, trust: bool) -> dict[str, Any]:
+def _model(name: str, trust: bool) -> Data:
     model = loading.load(name, flag="", trust=trust)
     sites, skipped = find_sites(model)
     kinds = Counter(site.layout.kind for site in sites)
@@ -87,7 +86,7 @@ def _checkpoint(path: Path) -> Data | None:
     }
 
 
-def _run_of(content: dict[str, Any]) -> Data | None:
+def _run_of(content: Data) -> Data | None:
     """Which run a checkpoint of this package belongs to, and where that stands; else None."""
     run, progress = content.get("run"), content.get("progress")
     if not (isinstance(run, dict) and isinstance(progress, dict)):
@@ -116,9 +115,9 @@ def _count(value: object) -> dict[str, int]:
 # ---------------------------------------------------------------------------- adapters
 
 
-def _adapter(folder: Path, base: str | None, known: torch.nn.Module | None) -> dict[str, Any]:
+def _adapter(folder: Path, base: str | None, known: torch.nn.Module | None) -> Data:
     content = artefact.read(folder)
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, Data] = {}
     for name, tensor in content.tensors.items():
         layer, factor = artefact.split_factor(name)
         entry = layers.setdefault(layer, {"parameters": 0, "ranks": []})

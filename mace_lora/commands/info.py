@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
@@ -60,7 +59,7 @@ def _symbol(number: int) -> str:
     return str(chemical_symbols[number])
 
 
-def _options(options: dict[str, Any]) -> str:
+def _options(options: Data) -> str:
     """Those that say something: not False, 0 or empty."""
     said = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in options.items()}
     return ", ".join(f"{k}={v}" for k, v in said.items() if v)

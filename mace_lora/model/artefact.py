@@ -191,7 +191,7 @@ def _check_description(where: str, table: Description) -> None:
         raise ArtefactError(f"{where}: {key!r} is missing or wrong: {str(table.get(key))[:80]}")
 
 
-def _is_list_of(values: Any, kind: type) -> bool:
+def _is_list_of(values: object, kind: type) -> bool:
     """A non-empty list of this kind; floats must be finite."""
     if not isinstance(values, list) or not values:
         return False

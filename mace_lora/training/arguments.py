@@ -7,7 +7,6 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import mace_lora
 from mace_lora import parsing
@@ -45,7 +44,7 @@ _REPLAY_SETS = ("mp", "omat", "matpes_pbe", "matpes_r2scan")
 class _Default:
     """A default value that can be told apart from the same value given by the user."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
     def __str__(self) -> str:  # what --help shows
@@ -112,7 +111,7 @@ def _add_method(
         )
 
 
-def _words(values: Mapping[str, Any]) -> str:
+def _words(values: Mapping[str, object]) -> str:
     return ", ".join(f"{k}={' '.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
 
 
@@ -126,7 +125,7 @@ def parse(
         ArtefactError: --adapter_start names no adapter.
     """
     args = parsing.parse(build_parser(), argv)
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for name, value in vars(args).items():
         if isinstance(value, _Default):
             setattr(args, name, value.value)
@@ -154,7 +153,7 @@ def _our_flags() -> list[str]:
 
 
 def _adapter(
-    args: argparse.Namespace, given: dict[str, Any], start: str | None
+    args: argparse.Namespace, given: dict[str, object], start: str | None
 ) -> AdapterConfig | None:
     method = args.adapter
     if args.lora and method not in (None, "lora"):
@@ -192,7 +191,7 @@ def _read_adapter(folder: str) -> AdapterConfig:
     return artefact.read(folder).config
 
 
-def _refuse_options_of_others(method: str | None, given: dict[str, Any]) -> None:
+def _refuse_options_of_others(method: str | None, given: dict[str, object]) -> None:
     for other in METHODS:
         names = [field.name for field in options_of(other).fields()]
         for name in [*names, "preset"]:
@@ -235,7 +234,7 @@ def _check_paths(called: str, value: str | list[str] | None) -> None:
             ExistingFile(part).check(f"{called}={path}")
 
 
-def _heads(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+def _heads(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
     """The tables of --heads; none where it is no table of tables, which the run itself refuses."""
     try:
         table = ast.literal_eval(args.heads) if isinstance(args.heads, str) else args.heads or {}

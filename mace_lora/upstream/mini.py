@@ -90,7 +90,7 @@ def build(dtype: torch.dtype | None = None) -> torch.nn.Module:
 
 
 def export(
-    model: torch.nn.Module, architecture: dict[str, Any], card: dict[str, Any], folder: Path
+    model: torch.nn.Module, architecture: dict[str, Any], card: dict[str, object], folder: Path
 ) -> None:
     """Write `model` into `folder` as the two files that `build` reads, the weights in float32."""
     twin = construct(architecture, torch.float32)
