@@ -85,7 +85,9 @@ def combine_adapters(
         check_mergeable(model)
         if start is None:
             start, first = unload(deepcopy(model)), folder
-        elif not _same_start(model, start):
+        elif fingerprint(model) != fingerprint(start) or not _same_places(
+            describe(model), describe(start)
+        ):
             raise ArtefactError(
                 f"{first} and {folder} can't be combined: their runs started from models with "
                 "different elements, heads or weights"
@@ -110,13 +112,6 @@ def _check_weights(weights: object) -> None:
     for folder, weight in weights.items():
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise ConfigError(f"the weight of {folder} must be a finite number, found {weight!r}")
-
-
-def _same_start(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two models have the same weights, elements and heads, adapters apart."""
-    return fingerprint(model) == fingerprint(other) and _same_places(
-        describe(model), describe(other)
-    )
 
 
 @torch.no_grad()

@@ -34,9 +34,7 @@ class ContractionWeights(torch.nn.Module):
 class Projected(torch.nn.Module):
     """The weight of a product, computed from those of its contractions; no parameters of its own.
 
-    Args:
-        parts: the contractions, in order.
-        matrix: (paths of the product, paths of all contractions).
+    matrix: (paths of the product, paths of all contractions).
     """
 
     def __init__(self, parts: Sequence[ContractionWeights], matrix: torch.Tensor) -> None:

@@ -104,13 +104,7 @@ def select(
     presets: dict[str, tuple[str, ...]] | None = None,
     kinds: Collection[str] = (),
 ) -> list[Site]:
-    """The sites that any of `targets` matches.
-
-    Args:
-        sites: to choose from.
-        targets: presets, kinds of layers, or regular expressions over the names of the sites.
-        presets: kinds of layers by the name of the preset.
-        kinds: the kinds that can be meant.
+    """The sites that any of `targets` matches: presets, kinds, or expressions over their names.
 
     Raises:
         NoLayerMatched: naming the target that matches nothing.

@@ -24,12 +24,7 @@ _FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
 def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | None:
     """Check what can be checked before anything is written, and load the foundation model.
 
-    Args:
-        args: mace-torch's flags; some of them are set.
-        options: of the run, beside mace-torch's own.
-
-    Returns:
-        The model, or None where mace-torch loads it by its name.
+    Some of mace-torch's flags are set here. None stands for a model that mace-torch loads by name.
 
     Raises:
         MaceLoraError: whatever is wrong with flags, files or the model.

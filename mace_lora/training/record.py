@@ -28,19 +28,12 @@ class StageNotReached(AttributeError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Attributes:
-        args: mace-torch's flags; its script fills some in on the way.
-        config: the adapter.
-        options: of the run, beside mace-torch's own.
-        given: the flags as they were before the script began.
-    """
-
-    args: argparse.Namespace
+    args: argparse.Namespace  # mace-torch's flags; its script fills some in on the way
     config: AdapterConfig
     options: RunOptions
-    given: dict[str, object] = field(init=False)
+    given: dict[str, object] = field(init=False)  # the flags before the script began
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "given", dict(vars(self.args)))
@@ -61,57 +54,34 @@ class Started:
 
 @dataclass
 class Progress:
-    """Where a run stands: plain numbers, stored in each checkpoint.
+    """Where a run stands: plain numbers, stored in each checkpoint."""
 
-    Attributes:
-        epoch: the epoch that is being trained.
-        steps: batches of it that are done; 0 until the first one is.
-        valid_loss: of the last validation.
-        initial_loss: the validation loss before any training.
-        lowest_loss: of this stage.
-        without_improvement: validations since then.
-        stage_two: whether stage two (`--swa`) has begun.
-        backend: what computes the steps of this run, see `computing`.
-    """
-
-    epoch: int = 0
-    steps: int = 0
-    valid_loss: float = math.inf
-    initial_loss: float = math.inf
-    lowest_loss: float = math.inf
-    without_improvement: int = 0
-    stage_two: bool = False
-    backend: str = ""
+    epoch: int = 0  # that is being trained
+    steps: int = 0  # batches of it that are done
+    valid_loss: float = math.inf  # of the last validation
+    initial_loss: float = math.inf  # of the validation before any training
+    lowest_loss: float = math.inf  # of this stage
+    without_improvement: int = 0  # validations since then
+    stage_two: bool = False  # whether stage two (`--swa`) has begun
+    backend: str = ""  # what computes the steps of this run, see `computing`
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The epochs have begun; history and progress grow until they are over.
+    """The epochs have begun; history and progress grow until they are over."""
 
-    Attributes:
-        n_frames: in the training set.
-        valid_sets: validation data sets by head.
-        history: validation errors by epoch; empty but in the first process.
-        at: where the run stands.
-    """
-
-    n_frames: int
-    valid_sets: dict[str, Dataset]
-    history: History = field(default_factory=History)
+    n_frames: int  # in the training set
+    valid_sets: dict[str, Dataset]  # by head
+    history: History = field(default_factory=History)  # empty but in the first process
     at: Progress = field(default_factory=Progress)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The first process has merged the adapter; again after stage two (`--swa`).
-
-    Attributes:
-        model: what was saved.
-        lost: what could not be written, and the script went on without.
-    """
+    """The first process has merged the adapter; again after stage two (`--swa`)."""
 
     model: torch.nn.Module
-    lost: WriteError | None = None
+    lost: WriteError | None = None  # what could not be written, and the script went on without
 
 
 class Run:

@@ -30,11 +30,6 @@ from mace_lora.upstream.known import MINI
 def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> None:
     """Train. Without an adapter this is mace-torch's own run, plus the foundation model `mini`.
 
-    Args:
-        args: mace-torch's flags.
-        config: the adapter; None for mace-torch's own training.
-        options: of the run, beside mace-torch's; they need an adapter.
-
     Raises:
         MaceLoraError: before any training, for whatever is wrong with flags, files or models; and
             at the end, if the merged model does not predict what the adapted one does.

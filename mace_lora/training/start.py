@@ -87,12 +87,7 @@ def _log_replay(run: Run) -> None:
 
 
 class Start:
-    """Our functions for the building of the model.
-
-    Args:
-        run: the record; it comes to `started` and to `injected` here.
-        data: the frames and E0s of the run.
-    """
+    """Our functions for building the model; `run` comes to `started` and to `injected` here."""
 
     def __init__(self, run: Run, data: Data) -> None:
         self.run = run

@@ -23,20 +23,10 @@ def run(args: argparse.Namespace) -> None:
     names.original("run")(args)
 
 
-def train_one_epoch(**arguments: object) -> None:
-    """All steps of an epoch; the arguments are those of mace-torch's function."""
-    names.original("train_one_epoch")(**arguments)
-
-
 def evaluate(**arguments: object) -> tuple[float, Metrics]:
     """Loss and errors of a data set; the arguments are those of mace-torch's function."""
     found: tuple[float, Metrics] = names.current("evaluate")(**arguments)
     return found
-
-
-def log_validation(*arguments: object) -> None:
-    """The line of a validation; the arguments are those of mace-torch's `valid_err_log`."""
-    names.original("log_validation")(*arguments)
 
 
 def elements(numbers: Iterable[int]) -> ElementTable:

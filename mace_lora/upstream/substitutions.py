@@ -26,24 +26,17 @@ _FIELDS = {
 class Row:
     """One name.
 
-    Attributes:
-        module: where it is looked up.
-        signature: the name, and in parentheses those of its parameters that we rely on; without
-            parentheses it may be any object.
-        use: what stands there instead, or what we call it for.
-        why: the reason for the substitute; empty for what is only called.
-        until: what would make the substitute unnecessary.
-        when: ours stands there, if not while mace-torch's script runs.
-        package: that must be installed for this name to exist.
+    Its signature has in parentheses the parameters that we rely on; without parentheses it may be
+    any object.
     """
 
-    module: str
+    module: str  # where it is looked up
     signature: str
-    use: str
-    why: str = ""
-    until: str = ""
-    when: str = ""
-    package: str = ""
+    use: str  # what stands there instead, or what we call it for
+    why: str = ""  # the reason for a substitute
+    until: str = ""  # what would make the substitute unnecessary
+    when: str = ""  # ours stands there, if not while mace-torch's script runs
+    package: str = ""  # must be installed for this name to exist
 
     @property
     def attribute(self) -> str:

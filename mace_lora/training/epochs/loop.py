@@ -41,15 +41,7 @@ if TYPE_CHECKING:
 
 
 class Loop:
-    """The epochs of one run.
-
-    Args:
-        run: the record, which has come to `trained`.
-        arguments: what mace-torch hands to its `train`.
-        stop: says whether a signal has asked for an end.
-        computing: computes the steps.
-        checkpoints: writes and restores the state of this loop.
-    """
+    """The epochs of one run, whose record has come to `trained`."""
 
     def __init__(
         self,
@@ -144,7 +136,7 @@ class Loop:
         if at.steps == 0:
             self._begin_epoch()
         self._set_optimiser_mode("train")
-        library.train_one_epoch(
+        upstream.original("train_one_epoch")(
             model=self.model,
             loss_fn=self._loss(),
             data_loader=self._batches(),
@@ -287,7 +279,8 @@ class Loop:
         Raises:
             Diverged: the loss is not finite, or has exploded.
         """
-        library.log_validation(loss, metrics, self.logger, self.given.log_errors, epoch, head)
+        log_line = upstream.original("log_validation")
+        log_line(loss, metrics, self.logger, self.given.log_errors, epoch, head)
         if has_diverged(float(loss), self.at.initial_loss):
             where = f"epoch {self.at.epoch}, step {self.at.steps}"
             what = f"validation loss of head {head}"

@@ -15,12 +15,8 @@ class FrameOrder(torch.utils.data.Sampler[int]):
     With several processes each takes its part of every global batch, so that the run sees the same
     frames at the same step as one process with a batch size as many times as large (mace-torch's
     DistributedSampler draws another order), and leaves out what makes no whole global batch.
-
-    Args:
-        frames: the data set.
-        generator: of the loader; the same numbers are drawn from it as for one process.
-        batch_size: of one process.
-        rank, processes: which part of each global batch is this process's.
+    The same numbers are drawn from the loader's generator as for one process; `batch_size` is that
+    of one process.
     """
 
     def __init__(

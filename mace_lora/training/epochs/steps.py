@@ -22,12 +22,7 @@ Step = Callable[..., tuple[Number, dict[str, Number]]]
 
 
 class Steps:
-    """The steps of one run.
-
-    Args:
-        options: warm-up and accumulation.
-        steps_per_epoch: batches in an epoch; its last step takes what is left of them.
-    """
+    """The steps of one run; the last of an epoch takes what is left of its batches."""
 
     def __init__(self, options: RunOptions, steps_per_epoch: int = 1) -> None:
         self.options = options
@@ -36,12 +31,7 @@ class Steps:
         self._drawing: list[torch.nn.Module] | None = None
 
     def begin(self, steps_per_epoch: int, done: int) -> None:
-        """Training begins, or goes on.
-
-        Args:
-            steps_per_epoch: batches in an epoch.
-            done: batches that an earlier part of this run has done.
-        """
+        """Training begins, or goes on after the `done` batches of an earlier part of this run."""
         self.steps_per_epoch = max(1, steps_per_epoch)
         self.batches = done
 

@@ -20,12 +20,7 @@ def train(
 ) -> None:
     """Train with our own loop, which can be left and continued at any step; see `loop`.
 
-    Args:
-        run: the record; it comes to `trained` here.
-        stop: says whether a signal has asked for an end.
-        computing: computes the steps.
-        checkpoints: in the place of mace-torch's.
-        keywords: what the script hands to `train`.
+    `run` comes to `trained` here; the keywords are those that the script hands to `train`.
     """
     given = TrainArguments.of(keywords)
     run.trained = Trained(

@@ -84,11 +84,7 @@ class HoldsModel(Protocol):
 
 
 class Checkpoints:
-    """What stands in the place of mace-torch's CheckpointHandler.
-
-    Args:
-        run: the record.
-    """
+    """What stands in the place of mace-torch's CheckpointHandler."""
 
     def __init__(self, run: Run) -> None:
         self._record = run

@@ -53,13 +53,7 @@ class Identity(TypedDict):
 
 
 def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
-    """Who a run is, with the flags as they stand when training begins.
-
-    Args:
-        run: the record, which has come to `started`.
-        loader: of the training set.
-        distributed: whether several processes train together.
-    """
+    """Who a run that has come to `started` is, with the flags that training begins with."""
     args, config, options = run.asked.args, run.asked.config, run.asked.options
     base, start = run.started.base, run.started.start
     # What the order of the frames depends on. One process may be continued by two with half the
@@ -91,12 +85,7 @@ def _flags(args: argparse.Namespace, names: Iterable[str]) -> dict[str, object]:
 
 
 def differences(there: Identity, here: Identity, progress: Progress) -> list[str]:
-    """What a checkpoint's run and this one differ in, so that it can't go on; a text each.
-
-    Args:
-        there, here: who they are.
-        progress: of the checkpoint.
-    """
+    """What a checkpoint's run and this one differ in, so that it can't go on; a text each."""
     if there["method"] != here["method"]:
         return [f"--adapter={there['method']} there, --adapter={here['method']} here"]
     method = here["method"]
@@ -156,11 +145,7 @@ def apply_new_rates(
     """The stored optimiser brings its old learning rate and weight decay along: put in new ones.
 
     A schedule goes on from where it was, scaled by the ratio of the learning rates.
-
-    Args:
-        optimizer, scheduler: with their stored states.
-        fresh: the parameter groups of the optimiser as this run has made them.
-        old_lr, lr: `--lr` there and here.
+    `fresh` are the optimiser's parameter groups as this run has made them.
     """
     for group, new in zip(optimizer.param_groups, fresh, strict=True):
         if "weight_decay" in new:

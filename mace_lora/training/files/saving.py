@@ -26,12 +26,7 @@ PROOF_FRAMES = 8
 
 
 class Saving:
-    """Our functions for what mace-torch writes at the end.
-
-    Args:
-        run: the record; it comes to `saved` here.
-        checkpoints: knows which stage is being saved.
-    """
+    """Our functions for what mace-torch writes at the end; `run` comes to `saved` here."""
 
     def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
         self.run = run
