@@ -25,7 +25,6 @@ def inject_lora(
     """Attach LoRA adapters in place, with mace-torch's signature.
 
     Args:
-        model: a MACE model.
         rank: rank of the updates, capped per irrep at what a layer can use.
         alpha: the update is scaled by alpha / rank.
         wrap_equivariant: adapt the equivariant linear layers.

@@ -98,8 +98,10 @@ def inject(model: torch.nn.Module, config: AdapterConfig) -> InjectionReport:
     before = sum(p.numel() for p in model.parameters() if p.requires_grad)
     choice = choose(model, config)
     layers = _attach(model, config, choice)
-    freeze_base(model)
-    return InjectionReport(config, layers, choice.skipped, before, model_parts(model))
+    trained = {id(p) for p in adapter_parameters(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return InjectionReport(config, layers, choice.skipped, before, _parts(model))
 
 
 def _check_arguments(model: torch.nn.Module, config: object) -> None:
@@ -127,14 +129,7 @@ def _attach(model: torch.nn.Module, config: AdapterConfig, choice: Choice) -> li
     return layers
 
 
-def freeze_base(model: torch.nn.Module) -> None:
-    """Leave the adapters' parameters trainable, by identity, and nothing else."""
-    trainable = {id(p) for p in adapter_parameters(model).values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)
-
-
-def model_parts(model: torch.nn.Module) -> dict[str, tuple[int, int, int]]:
+def _parts(model: torch.nn.Module) -> dict[str, tuple[int, int, int]]:
     """Per part of the model (interactions.0, readouts.1, ...): total, trainable, adapted layers.
 
     Totals count the base parameters and the adapters' together.

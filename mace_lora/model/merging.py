@@ -29,7 +29,7 @@ class Change:
 
 
 def merge(model: torch.nn.Module, keep_gates: bool = False, scale: float = 1.0) -> torch.nn.Module:
-    """Write the effective weights down and remove the adapters, in place.
+    """Write the effective weights down and remove the adapters, in place; `model` is returned.
 
     Afterwards every module is of its original class, and every parameter has `requires_grad`.
     Copies that were made of `model` before keep their adapters.
@@ -40,9 +40,6 @@ def merge(model: torch.nn.Module, keep_gates: bool = False, scale: float = 1.0) 
             it they are an error.
         scale: each weight becomes original + scale (effective - original): 1 is the adapter as it
             was trained, 0.5 half of it, 0 the model without it.
-
-    Returns:
-        `model` itself.
 
     Raises:
         NotMergeable: an adapter depends on the input; `model` is left as it was.

@@ -148,7 +148,7 @@ class Checkpoints:
         return identity.of_run(self._record, loop.train_loader, loop.distributed)
 
     def _state(self, loop: Loop) -> State:
-        swa = loop.swa
+        swa, ema = loop.swa, loop.ema
         results = Path(loop.logger.path)
         return {
             "format": FORMAT,
@@ -158,7 +158,9 @@ class Checkpoints:
             "optimizer": loop.optimizer.state_dict(),
             "scheduler": _plain(loop.scheduler.state_dict()),
             "stage_two_scheduler": None if swa is None else _plain(swa.scheduler.state_dict()),
-            "ema": None if loop.ema is None else _ema_state(loop.ema),
+            "ema": None
+            if ema is None
+            else {"num_updates": ema.num_updates, "shadow": ema.shadow_params},
             "random": random_states.now(),
             "order": loop.order.state if loop.at.steps else loop.order.now(),
             "best": self._best,
@@ -287,7 +289,9 @@ class Checkpoints:
         self._best = state["best"]
         loop.history.rows[:] = [(epoch, head, errors) for epoch, head, errors in state["history"]]
         if loop.rank == 0:
-            _truncate(Path(loop.logger.path), state["results_size"])
+            results, size = Path(loop.logger.path), state["results_size"]
+            if results.exists() and results.stat().st_size > size:
+                os.truncate(results, size)  # lines after the checkpoint: they come again
         random_states.restore(state["random"])
 
     # ------------------------------------------------------------------ the end of a run
@@ -342,10 +346,6 @@ def _progress(state: State) -> Progress:
     return Progress(**stored)  # type: ignore[arg-type]  # written from one
 
 
-def _ema_state(ema: Average) -> EmaState:
-    return {"num_updates": ema.num_updates, "shadow": ema.shadow_params}
-
-
 def _restore_ema(ema: Average, state: EmaState | None) -> None:
     if state is None:
         raise ValueError("it has no average of weights, and --ema asks for one")
@@ -362,12 +362,6 @@ def _restore_ema(ema: Average, state: EmaState | None) -> None:
 def _plain(state: Mapping[str, object]) -> dict[str, object]:
     """Without functions, which older schedulers keep in their state."""
     return {key: value for key, value in state.items() if not callable(value)}
-
-
-def _truncate(results: Path, size: int) -> None:
-    """Take lines away that were written after the checkpoint: they are about to come again."""
-    if results.exists() and results.stat().st_size > size:
-        os.truncate(results, size)
 
 
 def _short(error: Exception) -> str:
