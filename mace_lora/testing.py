@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Protocol
 
 import ase
 import numpy as np
@@ -31,17 +30,10 @@ from mace_lora.upstream.predicting import (
     largest_difference,
     predict,
 )
+from mace_lora.upstream.types import Batch
 
 Outputs = dict[str, torch.Tensor]
 Frames = list[ase.Atoms]
-
-
-class Batch(Protocol):
-    """What a batch of mace-torch is asked for here."""
-
-    positions: torch.Tensor
-
-    def to_dict(self) -> dict[str, torch.Tensor]: ...
 
 
 @torch.no_grad()

@@ -26,9 +26,11 @@ def describe(model: torch.nn.Module) -> Description:
         "r_max": float(model.get_buffer("r_max")),
         "atomic_numbers": atomic_numbers(model),
         "heads": heads(model),
-        "atomic_energies": None if energies is None else _rows(energies),
-        "scale": None if scale is None else _row(scale),
-        "shift": None if shift is None else _row(shift),
+        "atomic_energies": None
+        if energies is None
+        else energies.reshape(-1, energies.shape[-1]).tolist(),
+        "scale": None if scale is None else scale.reshape(-1).tolist(),
+        "shift": None if shift is None else shift.reshape(-1).tolist(),
     }
 
 
@@ -59,14 +61,6 @@ def _constant(model: torch.nn.Module, layer: str, name: str) -> torch.Tensor | N
     """E0s, scale or shift: in effect, where they carry an adapter; None where there are none."""
     found: torch.Tensor | None = getattr(getattr(model, layer, None), name, None)
     return found
-
-
-def _row(values: torch.Tensor) -> list[float]:
-    return [float(v) for v in values.detach().cpu().reshape(-1)]
-
-
-def _rows(values: torch.Tensor) -> list[list[float]]:
-    return [_row(row) for row in values.reshape(-1, values.shape[-1])]
 
 
 @torch.no_grad()

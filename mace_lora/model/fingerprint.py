@@ -12,11 +12,7 @@ from mace_lora.adapters.base import Adapter, plain_name
 def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The base model's own parameters by their original names, without any adapter's."""
     foreign = {id(p) for m in model.modules() if isinstance(m, Adapter) for p in m.parameters()}
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in foreign:
-            state[plain_name(name)] = parameter
-    return state
+    return {plain_name(n): p for n, p in model.named_parameters() if id(p) not in foreign}
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -6,6 +6,7 @@ import argparse
 import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import mace_lora
@@ -140,16 +141,16 @@ def parse(
     elif "multiheads_finetuning" not in given:  # on by default, and by itself for some models
         args.multiheads_finetuning = args.pt_train_file is not None
     rank, alpha = args.lora_rank, args.lora_alpha
-    for name in _our_flags():  # upstream logs and stores its arguments: leave it only its own
-        delattr(args, name)
+    ours = ["adapter", *(f.name for f in fields(RunOptions)), *chain(*map(_flags_of, METHODS))]
+    for name in ours:  # upstream logs and stores its arguments: leave it only its own
+        vars(args).pop(name, None)
     args.lora_rank, args.lora_alpha = rank, alpha
     return args, config, options
 
 
-def _our_flags() -> list[str]:
-    flags = [f"{m}_{f.name}" for m in METHODS for f in options_of(m).fields()]
-    flags += [f"{m}_preset" for m in METHODS if options_of(m).presets]
-    return ["adapter", *(f.name for f in fields(RunOptions)), *flags]
+def _flags_of(method: str) -> list[str]:
+    names = [field.name for field in options_of(method).fields()]
+    return [f"{method}_{name}" for name in (*names, "preset")]
 
 
 def _adapter(
@@ -192,15 +193,12 @@ def _read_adapter(folder: str) -> AdapterConfig:
 
 
 def _refuse_options_of_others(method: str | None, given: dict[str, object]) -> None:
+    # upstream accepts --lora_rank without --lora, and so do we
+    allowed = ["lora_rank", "lora_alpha"] if method is None else _flags_of(method)
+    chosen = f"--adapter={method}" if method else "no adapter is chosen"
     for other in METHODS:
-        names = [field.name for field in options_of(other).fields()]
-        for name in [*names, "preset"]:
-            flag = f"{other}_{name}"
-            if flag in given and other != method:
-                # upstream accepts --lora_rank without --lora, and so do we
-                if method is None and flag in ("lora_rank", "lora_alpha"):
-                    continue
-                chosen = f"--adapter={method}" if method else "no adapter is chosen"
+        for flag in _flags_of(other):
+            if flag in given and flag not in allowed:
                 raise ConfigError(
                     f"--{flag} belongs to --adapter={other}, but {chosen}: "
                     f"leave it out, or give --adapter={other}"
