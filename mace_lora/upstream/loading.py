@@ -178,4 +178,4 @@ def _check_is_model(content: object, has: Callable[[str], bool]) -> None:
     missing = [part for part in _PARTS if not has(part)]
     if missing:
         called = type(content).__name__
-        raise FoundationModelError(f"no MACE model: a {called} without {', '.join(missing)}")
+        raise FoundationModelError(f"not a MACE model: a {called} without {', '.join(missing)}")

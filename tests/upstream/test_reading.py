@@ -216,7 +216,7 @@ def test_a_program_is_not_run(tmp_path):
     made = tmp_path / "made"
     path = tmp_path / "program.model"
     torch.save(Program(made), path)
-    with pytest.raises(FoundationModelError, match="no MACE model: a mkdir without"):
+    with pytest.raises(FoundationModelError, match="not a MACE model: a mkdir without"):
         load_foundation(path)
     assert not made.exists()
     torch.load(path, weights_only=False)  # the file is one that does something
