@@ -255,6 +255,15 @@ class DoraOptions(LowRankOptions):
 
 
 @dataclass(frozen=True)
+class FullOptions(AdapterOptions):
+    """Options of `--adapter=full`: those that all methods have.
+
+    Targets and exceptions choose among all parameters. `bias` adds nothing to the default, and
+    `modules_to_save` E0s, scale and shift, which are no parameters.
+    """
+
+
+@dataclass(frozen=True)
 class MmeaOptions(AdapterOptions):
     """Options of `--adapter=mmea`.
 

@@ -18,6 +18,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "elora": ("elora:Elora", "options:EloraOptions"),
     "mmea": ("mmea:Mmea", "options:MmeaOptions"),
     "dora": ("dora:Dora", "options:DoraOptions"),
+    "full": ("full:Full", "options:FullOptions"),
 }
 
 

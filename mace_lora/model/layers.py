@@ -29,6 +29,7 @@ KINDS: dict[str, str] = {
     "skip": "fully connected tensor products with weights of their own, the skip connections",
     "contraction": "symmetric-contraction weights, the product basis",
     "basis": "frequencies of the Bessel basis, where they are parameters",
+    "other": "what is no matrix: biases, norms, embeddings of charge and spin, single numbers",
 }
 
 
@@ -317,6 +318,17 @@ def find_tensors(model: torch.nn.Module) -> list[Site]:
                 name = f"{path}.{tensor}".lstrip(".").removesuffix(".weight")
                 found.append(Site(name, module, tensor, layout))
     return found
+
+
+def find_others(model: torch.nn.Module) -> list[Site]:
+    """The parameters of `model` that `find_sites` leaves out, each flat and of kind "other"."""
+    known = {site.name for site in find_sites(model)[0]}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    return [
+        replace(site, layout=replace(site.layout, kind="other"))
+        for site in find_tensors(model)
+        if site.name not in known and id(site.weight) in parameters
+    ]
 
 
 def find_biases(model: torch.nn.Module) -> list[Site]:

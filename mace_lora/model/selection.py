@@ -12,7 +12,7 @@ from mace_lora.adapters.layout import Site, Skipped
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError, NoLayerMatched
-from mace_lora.model.layers import KINDS, find_biases, find_sites, find_tensors
+from mace_lora.model.layers import KINDS, find_biases, find_others, find_sites, find_tensors
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ def choose(model: torch.nn.Module, config: AdapterConfig) -> Choice:
     method, options = get_method(config.method), config.options
     presets = {"default": method.default_kinds, "all": method.kinds}
     sites, skipped = find_sites(model)
+    if "other" in method.kinds:
+        sites += find_others(model)
     fitting = [site for site in sites if site.layout.kind in method.kinds]
     skipped += [
         _skip(site, f"{config.method} leaves these alone: {site.layout.kind}")
@@ -59,10 +61,10 @@ def choose(model: torch.nn.Module, config: AdapterConfig) -> Choice:
     if not adapted and not in_full:
         raise NoLayerMatched(f"exclude={' '.join(options.exclude)} leaves nothing to train")
     _check_patterns(options.layer_patterns(), adapted)
-    in_full += _without(_biases(model, options.bias, adapted), in_full)
-    trained = {site.name for site in in_full}
-    skipped = [s for s in skipped if s.name.removesuffix(".weight") not in trained]
-    return Choice(adapted, in_full, skipped)
+    in_full += _without(_biases(model, options.bias, adapted), [*in_full, *adapted])
+    trained = {site.name for site in [*adapted, *in_full]}
+    reasons = {s.name.removesuffix(".weight"): s for s in skipped}  # of several the last
+    return Choice(adapted, in_full, [s for name, s in reasons.items() if name not in trained])
 
 
 def _skip(site: Site, reason: str) -> Skipped:

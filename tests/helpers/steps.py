@@ -16,6 +16,7 @@ METHODS = {
     "elora": {},
     "dora": {"targets": ("all",)},
     "mmea": {},
+    "full": {},
 }
 
 
