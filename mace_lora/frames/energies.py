@@ -42,9 +42,9 @@ class AtomicEnergies:
 
     def __init__(self) -> None:
         self._elements: list[int] = []  # of the columns of the array
+        self._given: set[int] = set()  # elements that --E0s names
 
-    @staticmethod
-    def read(E0s: str, train_collection: Any, z_table: Any) -> dict[int, float]:
+    def read(self, E0s: str, train_collection: Any, z_table: Any) -> dict[int, float]:
         """Upstream's `get_atomic_energies`, whose errors are about its own lines.
 
         Raises:
@@ -70,6 +70,7 @@ class AtomicEnergies:
         missing = [int(z) for z in z_table.zs if int(z) not in energies]
         if missing:
             raise ConfigError(f"--E0s={E0s} gives no energy for {symbols(missing)}")
+        self._given |= energies.keys()
         return energies
 
     @staticmethod
@@ -113,3 +114,29 @@ class AtomicEnergies:
         if energies is None or energies.shape[-1] == len(elements):
             return energies
         return energies[:, [self._elements.index(int(z)) for z in elements]]
+
+    def keep_foundations(
+        self,
+        energies: np.ndarray | None,
+        elements: list[int],
+        in_frames: list[set[int]],
+        model: torch.nn.Module,
+    ) -> np.ndarray | None:
+        """E0s with the foundation model's own where the run has none, and upstream puts 0.
+
+        Args:
+            energies: (heads, elements) in eV.
+            elements: the columns.
+            in_frames: per head, the elements of its frames, whose E0s are those of the run.
+            model: the foundation model.
+        """
+        rows = describe(model)["atomic_energies"]
+        if energies is None or rows is None:
+            return energies
+        own = dict(zip(atomic_numbers(model), rows[0], strict=True))
+        kept = np.array(energies, dtype=float)
+        for row, present in zip(np.atleast_2d(kept), in_frames, strict=True):
+            for column, z in enumerate(elements):
+                if row[column] == 0 and z not in present | self._given:
+                    row[column] = own[z]
+        return kept

@@ -62,6 +62,9 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
             "training with --enable_cueq=True"
         )
         args.enable_cueq, args.only_cueq = True, False
+    if not args.foundation_filter_elements:
+        # mace-torch's flag of this name keeps no element: it leaves the readouts at random numbers
+        args.foundation_filter_elements, args.foundation_model_elements = True, True
     args.lora = True  # mace-torch's switch for calling `inject_LoRAs` and `merge_lora_weights`
     return foundation
 
@@ -81,9 +84,4 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--name={args.name}: files are called by it, so it can't be empty or hold a /; for "
             "another folder give --work_dir"
-        )
-    if not args.foundation_filter_elements:
-        raise ConfigError(
-            "--foundation_filter_elements=False starts the readouts from random numbers, and an "
-            "adapter would freeze those; leave one of the two out"
         )

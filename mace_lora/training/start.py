@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -24,7 +24,7 @@ from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.record import Run, Started
 from mace_lora.upstream import cueq, predicting
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.types import ElementTable, Loader
+from mace_lora.upstream.types import ElementTable, HeadSettings, Loader
 
 # Frames on which the energy offset at the start is measured
 OFFSET_FRAMES = 8
@@ -101,7 +101,7 @@ class Start:
         model_foundation: torch.nn.Module,
         heads: list[str],
         z_table: ElementTable,
-        head_configs: object,
+        head_configs: Sequence[HeadSettings],
     ) -> tuple[torch.nn.Module, dict[str, bool]]:
         """mace-torch's model; mends E0s that it overwrites, and speaks of energy offsets.
 
@@ -109,7 +109,14 @@ class Start:
         foundation's E0s over those that were asked for (a state-dict copy by equal shape).
         """
         self.data.refuse_missing_labels()
-        energies = self.data.energies.of_elements(atomic_energies, list(z_table.zs))
+        elements = [int(z) for z in z_table.zs]
+        energies = self.data.energies.of_elements(atomic_energies, elements)
+        if args.foundation_model_elements:
+            known = {head.head_name: {int(z) for z in head.z_table.zs} for head in head_configs}
+            in_frames = [known[head] for head in heads]
+            energies = self.data.energies.keep_foundations(
+                energies, elements, in_frames, model_foundation
+            )
         _log_replay(self.run)
         original = upstream.original("configure_model")
         try:

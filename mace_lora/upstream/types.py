@@ -137,6 +137,13 @@ class ElementTable(Protocol):
     zs: Sequence[int]
 
 
+class HeadSettings(Protocol):
+    """mace-torch's settings of one head, as far as they are used here."""
+
+    head_name: str
+    z_table: ElementTable  # of the elements in its frames
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     """What mace-torch's script hands to its `train`, as far as it is used here."""

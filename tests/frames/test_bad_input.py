@@ -264,7 +264,6 @@ def test_batch_larger_than_the_training_set(message):
 
 def test_contradictions_with_upstreams_flags(message):
     assert "--freeze=7" in message("--freeze=7")
-    assert "--foundation_filter_elements" in message("--foundation_filter_elements=False")
 
 
 def test_cuda_without_a_device(message):
