@@ -309,7 +309,7 @@ def accumulating(flags):
     """Ten batches in an epoch, and a step of the optimiser after 4, 8 and 10 of them."""
 
     def of(method: str) -> list[str]:
-        dropout = [] if method == "mmea" else [f"--{method}_dropout=0.2"]
+        dropout = [] if method in ("mmea", "full") else [f"--{method}_dropout=0.2"]
         own = [f for f in flags if f != "--lora=True"] + [f"--adapter={method}", *dropout]
         steps = ["--batch_size=1", "--accumulate=4", "--warmup_steps=4"]
         return [*own, *steps, "--max_num_epochs=2", "--restart_latest"]
@@ -318,7 +318,7 @@ def accumulating(flags):
 
 
 @pytest.mark.parametrize(
-    ("method", "lines"), [("lora", 3), ("elora", 15), ("mmea", 14), ("dora", 5)]
+    ("method", "lines"), [("lora", 3), ("elora", 15), ("mmea", 14), ("dora", 5), ("full", 9)]
 )
 def test_accumulated_gradients_dropout_and_warm_up(tmp_path, accumulating, method, lines):
     """Stopped inside an epoch, but never between batches whose gradients belong together."""
