@@ -4,6 +4,7 @@
     scripts/reproduce.sh acac --adapter=full,lora,elora,dora --foundation_model=medium_off
     scripts/reproduce.sh all --adapter=all --device=cuda
     scripts/reproduce.sh study                # small-model study with `mini`, on a laptop
+    scripts/reproduce.sh transfer --help      # methods away from their training frames
 
 Every run is the real command in a folder of its own, --out/runs/<data set>/<molecule>/<run>, with
 the configuration that made it (config.yaml), its log (output.txt), the merged model, predictions,
@@ -25,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fetch_data import prepare
 from reproduction import datasets, plots, protocol, runs, tables
+from reproduction.transfer import command as transfer
 
 from mace_lora.errors import ConfigError, MaceLoraError
 
@@ -71,12 +72,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
     add("--only", default="", help="only runs with this text in their path")
     add("--dry_run", action="store_true", help="show what would be run")
     args, rest = parser.parse_known_args(argv)
-    extra = {}
-    for text in rest:
-        name, equals, value = text.removeprefix("--").partition("=")
-        if not text.startswith("--") or not equals or not name:
-            raise ConfigError(f"{text!r} is not understood; flags are written --name=value")
-        extra[name] = yaml.safe_load(value)
+    extra = protocol.flags(rest)
     if args.target == "study":
         args.foundation_model = args.foundation_model or "mini"
         args.config = args.config or protocol.CONFIGS / "study.yaml"
@@ -168,17 +164,31 @@ def stop(*_: object) -> None:
     sys.exit(runs.REQUEUE)
 
 
+def run_tables() -> tuple[Path | None, list[str]]:
+    """The folder of the results (None if there are none to come), and what failed."""
+    args, extra = parse()
+    planned = plan(args, extra)
+    if args.dry_run:
+        print("\n".join(str(run.folder) for run in planned.runs))
+        return None, []
+    return planned.out, carry_out(planned, args.data_dir)
+
+
+def run_transfer() -> tuple[Path | None, list[str]]:
+    """As `run_tables`, for the comparison of methods away from their training frames."""
+    options = transfer.parse(sys.argv[2:])
+    if options.dry_run:
+        print("\n".join(str(run.folder) for run in options.runs))
+        return None, []
+    return options.out, transfer.carry_out(options, prepare)
+
+
 def main() -> None:
     warnings.filterwarnings("ignore", message="The TorchScript type system")  # e3nn, every model
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGUSR1, stop)
     try:
-        args, extra = parse()
-        planned = plan(args, extra)
-        if args.dry_run:
-            print("\n".join(str(run.folder) for run in planned.runs))
-            return
-        failed = carry_out(planned, args.data_dir)
+        out, failed = run_transfer() if sys.argv[1:2] == ["transfer"] else run_tables()
     except runs.Interrupted as message:
         print(f"{message}; give the same command again to continue")
         sys.exit(runs.REQUEUE)
@@ -187,8 +197,10 @@ def main() -> None:
         sys.exit(130)
     except MaceLoraError as error:
         sys.exit(f"error: {error}")
-    print((planned.out / "table.md").read_text(encoding="utf-8"))
-    print(f"Table, learning curves and runs are in {planned.out}")
+    if out is None:
+        return
+    print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"Table and runs are in {out}")
     if failed:
         sys.exit("error: failed, and tried again by the same command:\n" + "\n".join(failed))
 

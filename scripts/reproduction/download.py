@@ -16,6 +16,13 @@ RMD17_ARCHIVE = "https://figshare.com/ndownloader/files/23950376"
 RMD17_PAGE = "https://doi.org/10.6084/m9.figshare.12672038"
 BOTNET_FILES = "https://raw.githubusercontent.com/davkovacs/BOTNet-datasets/main"
 BOTNET_PAGE = "https://github.com/davkovacs/BOTNet-datasets"
+# A model that MACE's authors trained on SPICE in 2022: 15 elements, 150,800 parameters
+SPICE2022_FILE = "MACE_SPICE.model"
+SPICE2022_PAGE = "https://github.com/ACEsuit/mace/tree/1c0e4e87/tests/test_openmm"
+SPICE2022 = (
+    "https://raw.githubusercontent.com/ACEsuit/mace/1c0e4e8742292641ae874f3f77b091d58fb6e9f0"
+    f"/tests/test_openmm/{SPICE2022_FILE}"
+)
 TIMEOUT = 60  # seconds without an answer
 
 

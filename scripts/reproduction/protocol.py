@@ -115,6 +115,21 @@ def select(names: str, study: bool = False) -> list[Method]:
     return [known[name] for name in chosen]
 
 
+def flags(rest: list[str]) -> dict[str, Any]:
+    """Flags for `mace_run_train`, written --name=value.
+
+    Raises:
+        ConfigError: something is not.
+    """
+    found = {}
+    for text in rest:
+        name, equals, value = text.removeprefix("--").partition("=")
+        if not text.startswith("--") or not equals or not name:
+            raise ConfigError(f"{text!r} is not understood; flags are written --name=value")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
 @functools.cache
 def architecture(foundation: str) -> dict[str, Any]:
     """Settings that build the architecture of a foundation model, to train it from scratch."""

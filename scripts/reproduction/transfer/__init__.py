@@ -1,0 +1,1 @@
+"""How far a fine-tuned model can be trusted away from its training frames."""
