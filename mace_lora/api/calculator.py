@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ase
 import numpy as np
@@ -70,7 +70,7 @@ class MaceLoraCalculator(Calculator):
         default_dtype: str = "",
         info_keys: dict[str, str] | None = None,
         arrays_keys: dict[str, str] | None = None,
-        **keywords: Any,
+        **keywords: object,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of ASE, as those below
         if default_dtype not in ("", "float32", "float64"):
@@ -158,13 +158,17 @@ class MaceLoraCalculator(Calculator):
 
     def get_descriptors(
         self, atoms: ase.Atoms | None = None, invariants_only: bool = True, num_layers: int = -1
-    ) -> Any:
+    ) -> np.ndarray | list[np.ndarray]:
         """Features of each atom, as `MACECalculator.get_descriptors` gives them."""
-        return self._current.get_descriptors(self._given(atoms), invariants_only, num_layers)
+        found: np.ndarray | list[np.ndarray] = self._current.get_descriptors(
+            self._given(atoms), invariants_only, num_layers
+        )
+        return found
 
-    def get_hessian(self, atoms: ase.Atoms | None = None) -> Any:
+    def get_hessian(self, atoms: ase.Atoms | None = None) -> np.ndarray:
         """Second derivatives, eV/A^2, as `MACECalculator.get_hessian` gives them."""
-        return self._current.get_hessian(self._given(atoms))
+        found: np.ndarray = self._current.get_hessian(self._given(atoms))
+        return found
 
     def _given(self, atoms: ase.Atoms | None) -> ase.Atoms:
         atoms = self.atoms if atoms is None else atoms

@@ -102,7 +102,7 @@ class _Captures:
         compute_force: bool = True,
         compute_virials: bool = False,
         compute_stress: bool = False,
-        **more: Any,
+        **more: object,
     ) -> dict[str, Tensor | None]:
         """Takes the place of the model's own forward."""
         import torch

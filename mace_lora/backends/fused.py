@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Fused(Backend):
-    """Any MACE model, with or without adapters; products that aren't known are left as they are."""
+    """Every MACE model, with or without adapters; products that aren't known stay as they are."""
 
     name = "fused"
     summary = "compiled kernels for the products of MACE and their derivatives"
@@ -62,5 +62,5 @@ def _products(model: torch.nn.Module) -> list[StandIn]:
     for block in getattr(model, "products", ()):
         product = getattr(block, "symmetric_contractions", None)
         if Contraction.fits(product):
-            found.append((product, "forward", Contraction(product).forward))
+            found.append((block.symmetric_contractions, "forward", Contraction(product).forward))
     return found

@@ -20,7 +20,7 @@ The C++ behind them is `csrc/products.cpp`. Layouts of features are e3nn's throu
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch.library import custom_op
 
 from mace_lora.backends.library import load
 
+_Given: TypeAlias = Tensor | None
 _SUFFIX = {torch.float64: "f64", torch.float32: "f32"}
 
 
@@ -128,15 +129,30 @@ def _empty(
     return node.new_empty(shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class Context(Protocol):
+    """torch's, of one call of an operator."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    by: str  # of `conv` alone, as `sizes`
+    sizes: list[int]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def _keep(
+    ctx: Context,
+    inputs: tuple[str, _Given, _Given, _Given, _Given, Tensor, Tensor, list[Tensor], list[int]],
+    output: Tensor,
+) -> None:
     by, x, y, w, g, senders, receivers, tables, sizes = inputs
     ctx.save_for_backward(x, y, w, g, senders, receivers, *tables)
     ctx.by, ctx.sizes = by, sizes
 
 
-def _differentiate(ctx: Any, cotangent: Tensor) -> tuple[object, ...]:
-    *arguments, senders, receivers = ctx.saved_tensors[:6]
-    tables = list(ctx.saved_tensors[6:])
+def _differentiate(ctx: Context, cotangent: Tensor) -> tuple[object, ...]:
+    arguments: list[_Given] = list(ctx.saved_tensors[:4])
+    senders, receivers, *tables = ctx.saved_tensors[4:]
     mine = "xywg".index(ctx.by)
     arguments[mine] = cotangent
     gradients: list[Tensor | None] = [None] * 4
@@ -252,11 +268,13 @@ def _(
     return x.new_empty(n_elements, terms.shape[0], x.shape[1])
 
 
-def _keep_contract(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_contract(
+    ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: Tensor
+) -> None:
     ctx.save_for_backward(*inputs[:4])
 
 
-def _differentiate_contract(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_contract(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     x, p, element, terms = ctx.saved_tensors
     by_x = contract_by_x(x, p, element, g, terms) if ctx.needs_input_grad[0] else None
     by_p = None
@@ -265,11 +283,11 @@ def _differentiate_contract(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return by_x, by_p, None, None, None
 
 
-def _keep_by_x(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_by_x(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_by_x(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_by_x(ctx: Context, a: Tensor) -> tuple[Tensor | None, ...]:
     x, p, element, g, terms = ctx.saved_tensors
     by_g, by_x = contract_twice(x, p, element, g, a, terms)
     by_p = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +126,9 @@ def _selector(module: o3.TensorProduct) -> Forward:
 
 def _spherical_harmonics(module: o3.SphericalHarmonics) -> Forward | None:
     # what torch.jit.script was given; torch keeps it for its own compiler
-    polynomials: Any = getattr(harmonics._spherical_harmonics, "_torchdynamo_inline", None)
+    polynomials: Callable[..., Tensor] | None = getattr(
+        harmonics._spherical_harmonics, "_torchdynamo_inline", None
+    )
     if polynomials is None or not module._is_range_lmax or module.normalization != "component":
         return None
     degrees = range(module._lmax + 1)

@@ -6,8 +6,8 @@ of another shape than the kernels know is left as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -82,6 +82,23 @@ def _blocks(irreps: o3.Irreps) -> Tensor:
     return torch.tensor([[sum(dims[:i]), d] for i, d in enumerate(dims)])
 
 
+class Part(Protocol):
+    """What MACE contracts to one irrep, with the weights of each order."""
+
+    correlation: int
+    U_matrix_1: Tensor
+    weights_max: Tensor
+    weights: Sequence[Tensor]
+
+    def get_buffer(self, target: str) -> Tensor: ...
+
+
+class SymmetricContraction(Protocol):
+    """MACE's."""
+
+    contractions: Sequence[Part]
+
+
 class Contraction(torch.nn.Module):
     """A symmetric contraction as a polynomial, its equal terms collected, its zeros left out.
 
@@ -89,7 +106,7 @@ class Contraction(torch.nn.Module):
     those weights act as ever.
     """
 
-    def __init__(self, product: Any) -> None:
+    def __init__(self, product: SymmetricContraction) -> None:
         super().__init__()
         self.parts = list(product.contractions)  # not ours: no entry in our state
         self.orders: list[list[int]] = []
@@ -131,9 +148,9 @@ class Contraction(torch.nn.Module):
         return torch.cat([part.flatten(1) for part in f.split(self.components, dim=2)], dim=1)
 
     @staticmethod
-    def fits(product: object) -> TypeGuard[torch.nn.Module]:
+    def fits(product: object) -> TypeGuard[SymmetricContraction]:
         """Whether `product` is one that this class stands in for."""
-        parts: Iterable[Any] | None = getattr(product, "contractions", None)
+        parts = getattr(product, "contractions", None)
         return parts is not None and all(
             hasattr(p, "U_matrix_1")
             and p.correlation <= 3

@@ -7,9 +7,10 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from ase.data import chemical_symbols
 
 from mace_lora.errors import DataError
@@ -20,6 +21,7 @@ from mace_lora.frames.reading import read_atoms
 from mace_lora.upstream import graphs
 from mace_lora.upstream.graphs import Configuration, periodic_in
 from mace_lora.upstream.inputs import Input
+from mace_lora.upstream.types import Graph
 
 # What the losses of mace-torch need, where that is not energy and forces
 _NEEDED = {
@@ -272,7 +274,7 @@ def symbols(numbers: Iterable[int]) -> str:
     return ", ".join(f"{named.get(z, '?')} ({z})" for z in numbers)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: npt.ArrayLike) -> bool:
     if isinstance(value, str):
         return True
     try:
@@ -281,7 +283,7 @@ def _is_finite(value: Any) -> bool:
         return True  # texts, such as the head
 
 
-def sources(paths: Iterable[str], data: list[Any]) -> str:
+def sources(paths: Iterable[str], data: Iterable[Graph]) -> str:
     """Where frames of a data set came from, as "train.xyz, frames 3, 7"; for messages.
 
     Args:
@@ -297,7 +299,7 @@ def sources(paths: Iterable[str], data: list[Any]) -> str:
     return "; ".join(parts)
 
 
-def _places(path: str, wanted: list[np.ndarray[Any, Any]]) -> list[str]:
+def _places(path: str, wanted: list[np.ndarray]) -> list[str]:
     found = []
     for i, atoms in enumerate(read_atoms(path)):
         for positions in wanted:

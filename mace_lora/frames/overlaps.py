@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -92,5 +92,5 @@ def is_alone(frame: Configuration, cutoff: float) -> bool:
     if not any(periodic):
         return True
     cell, _ = minkowski_reduce(_full_cell(frame), pbc=periodic)
-    lengths: Any = np.linalg.norm(cell, axis=1)
+    lengths = np.asarray(np.linalg.norm(cell, axis=1))
     return bool(min(lengths[list(periodic)]) > cutoff)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Protocol, TypeVar
 
 import ase
 
@@ -32,6 +32,19 @@ MOST_FRAMES = 20_000
 _AS_READ = SimpleNamespace(from_config=lambda config, **_: config)
 
 
+T = TypeVar("T")
+
+
+class StoredData(Protocol):
+    """A data set of mace-torch's: frames as they were read, if `atomic_dataclass` keeps them so."""
+
+    atomic_dataclass: object
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Configuration | None: ...
+
+
 class StoredFrames:
     """The frames of one HDF5 file, or of the LMDB files of one data set.
 
@@ -40,7 +53,7 @@ class StoredFrames:
         dataset: mace-torch's data set of it.
     """
 
-    def __init__(self, path: str, dataset: Any) -> None:
+    def __init__(self, path: str, dataset: StoredData) -> None:
         self.path = path
         self.keys: dict[str, str] = {}
         self._dataset = copy.copy(dataset)
@@ -187,7 +200,7 @@ def _plain(numbers: str) -> str:
     return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", numbers)
 
 
-def frame_of_lmdb(atoms: ase.Atoms, **keywords: Any) -> Configuration:
+def frame_of_lmdb(atoms: ase.Atoms, **keywords: object) -> Configuration:
     """mace-torch's Configuration of a frame in LMDB, its charge and spin under any evident name."""
     for name, aliases in ALIASES.items():
         present = [key for key in aliases if atoms.info.get(key) is not None]
@@ -197,19 +210,20 @@ def frame_of_lmdb(atoms: ase.Atoms, **keywords: Any) -> Configuration:
     return frame
 
 
-def parts(path: str, dataset: Any) -> list[StoredFrames]:
+def parts(path: str, dataset: StoredData) -> list[StoredFrames]:
     """The files of a data set: a folder of HDF5 files is several."""
     if hasattr(dataset, "datasets"):
         return [part for d in dataset.datasets for part in parts(path, d)]
     return [StoredFrames(str(getattr(dataset, "file_path", path)), dataset)]
 
 
-def open_hdf5(path: str, graphs: Graphs, **keywords: Any) -> Any:
+def open_hdf5(path: str, graphs: Graphs, **keywords: object) -> StoredData:
     """mace-torch's data set of an HDF5 file, with our graphs."""
-    return mended(upstream.original("hdf5")(path, **keywords), graphs)
+    dataset: StoredData = upstream.original("hdf5")(path, **keywords)
+    return mended(dataset, graphs)
 
 
-def mended(dataset: Any, graphs: Graphs) -> Any:
+def mended(dataset: T, graphs: Graphs) -> T:
     """`dataset`, or the HDF5 files in it, with our graphs, and with all of their frames.
 
     `mace_prepare_data` marks files of an odd number of frames (`drop_last`), so that mace-torch

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import ase
 import numpy as np
-import numpy.typing as npt
 from ase.data import chemical_symbols
 
 from mace_lora.errors import DataError
@@ -22,7 +21,7 @@ from mace_lora.frames.reading import read_atoms
 from mace_lora.upstream.graphs import has_volume
 from mace_lora.upstream.inputs import Input
 
-Array: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = np.ndarray
 
 QUANTITIES = ("energy", "forces", "stress")
 NO_GROUP = "none"

@@ -9,15 +9,18 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from mace_lora.errors import ConfigError
 from mace_lora.model import artefact
+from mace_lora.model.description import atomic_numbers
 from mace_lora.training.data import refuse_unknown
 from mace_lora.training.epochs import processes
+from mace_lora.upstream.types import Loader
 
 # Flags of mace-torch's whose values it takes as they are: what they must be, in words
-_NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_NUMBERS: dict[str, tuple[Callable[..., bool], str]] = {
     "seed": (lambda n: 0 <= n < 2**32, "0 or more, and below 2^32"),
     **dict.fromkeys(
         ("batch_size", "valid_batch_size", "max_num_epochs", "patience", "eval_interval"),
@@ -39,7 +42,7 @@ def numbers(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag}={value}: {words} is needed")
 
 
-def known_elements(args: argparse.Namespace, foundation: Any) -> None:
+def known_elements(args: argparse.Namespace, foundation: torch.nn.Module | None) -> None:
     """Raises ConfigError where --atomic_numbers names what the loaded foundation model lacks."""
     if foundation is None or args.atomic_numbers is None:
         return
@@ -49,7 +52,7 @@ def known_elements(args: argparse.Namespace, foundation: Any) -> None:
         raise ConfigError(
             f"--atomic_numbers={args.atomic_numbers}: a list such as '[1, 6, 8]' is needed"
         ) from None
-    refuse_unknown(asked, {int(z) for z in foundation.atomic_numbers})
+    refuse_unknown(asked, set(atomic_numbers(foundation)))
 
 
 def optional_packages(args: argparse.Namespace) -> None:
@@ -94,7 +97,7 @@ def folders_writable(args: argparse.Namespace) -> None:
     artefact.check_free(Path(args.model_dir or args.work_dir) / f"{args.name}_adapter")
 
 
-def enough_frames(train_loader: Any, args: argparse.Namespace) -> None:
+def enough_frames(train_loader: Loader, args: argparse.Namespace) -> None:
     """Raises ConfigError where the training set makes not even one batch."""
     count = processes.count(args.distributed)
     frames = len(train_loader.dataset)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -18,13 +19,18 @@ from mace_lora.frames import checks, stored
 from mace_lora.frames.checks import Rules, symbols
 from mace_lora.frames.energies import AtomicEnergies
 from mace_lora.frames.reading import XyzFrames
+from mace_lora.frames.stored import StoredData
 from mace_lora.model.description import atomic_numbers
 from mace_lora.training.epochs import processes
 from mace_lora.upstream import graphs, library
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.graphs import Configuration, Graphs
+from mace_lora.upstream.graphs import Configuration, Graphs, KeySpecification
 from mace_lora.upstream.inputs import inputs_of
+from mace_lora.upstream.types import ElementTable, Graph, HeadConfig
 
+T = TypeVar("T")
+# A data set that is read frame by frame, or all frames of a file that ASE reads
+Loaded: TypeAlias = StoredData | list[Graph]
 _FOUNDATION = "the foundation model"
 
 
@@ -58,7 +64,7 @@ class Data:
         """The foundation model, with the one head that goes on, once it is loaded."""
         return self._one_head or self._loaded()
 
-    def substitutes(self) -> dict[str, Any]:
+    def substitutes(self) -> dict[str, object]:
         """Our functions by key of `substitutions.ROWS`."""
         makers = ("graphs", "graph_of_replay", "graph_of_lmdb")
         return {
@@ -96,21 +102,25 @@ class Data:
             inputs={} if model is None else inputs_of(model),
         )
 
-    def remove_head(self, model: torch.nn.Module, head_to_keep: str | None = None) -> Any:
+    def remove_head(
+        self, model: torch.nn.Module, head_to_keep: str | None = None
+    ) -> torch.nn.Module:
         """Upstream takes one head of a foundation model with several, which goes on alone."""
-        alone = upstream.original("remove_head")(model, head_to_keep)
+        alone: torch.nn.Module = upstream.original("remove_head")(model, head_to_keep)
         self._one_head = alone
         return alone
 
     # ------------------------------------------------------------------ elements and E0s
 
-    def head_config(self, head: dict[str, Any], head_name: str, args: argparse.Namespace) -> Any:
+    def head_config(
+        self, head: dict[str, object], head_name: str, args: argparse.Namespace
+    ) -> HeadConfig:
         """Upstream's settings of one head: E0s that were asked for are those of the run.
 
         Upstream puts the E0s of a statistics file in their place, and fits none to frames that it
         reads one by one.
         """
-        config = upstream.original("head_config")(head, head_name, args)
+        config: HeadConfig = upstream.original("head_config")(head, head_name, args)
         if config.statistics_file is not None and head_name != "pt_head":
             found = stored.Statistics.read(config.statistics_file)
             config.mean, config.std = found.mean, found.std
@@ -129,7 +139,7 @@ class Data:
             config.E0s = str(self._fitted(config, one_by_one))
         return config
 
-    def _fitted(self, head: Any, files: list[str]) -> dict[int, float]:
+    def _fitted(self, head: HeadConfig, files: list[str]) -> dict[int, float]:
         """E0s from frames in HDF5 and LMDB; --E0s of the head says which."""
         table = library.elements(ast.literal_eval(str(head.atomic_numbers)))
         settings = {"r_max": self.args.r_max, "z_table": table, "heads": [head.head_name]}
@@ -141,8 +151,8 @@ class Data:
             )
             for frame in part
         ]
-        if head.E0s.lower() == "average":
-            return self.energies.read(head.E0s, frames, table)
+        if (asked := str(head.E0s)).lower() == "average":
+            return self.energies.read(asked, frames, table)
         model = self.foundation()
         if model is None:
             raise ConfigError("--E0s=estimated: there is no foundation model to estimate them from")
@@ -153,9 +163,9 @@ class Data:
     def load_xyz(
         self,
         file_path: str,
-        key_specification: Any,
+        key_specification: KeySpecification,
         head_name: str = "Default",
-        config_type_weights: dict[Any, float] | None = None,
+        config_type_weights: Mapping[object, float] | None = None,
         extract_atomic_energies: bool = False,
         keep_isolated_atoms: bool = False,
         no_data_ok: bool = False,
@@ -195,26 +205,32 @@ class Data:
 
     # ------------------------------------------------------------------ HDF5 and LMDB
 
-    def load_stored(self, **keywords: Any) -> Any:
+    def load_stored(
+        self,
+        file_path: str | Path | list[str],
+        r_max: float,
+        z_table: ElementTable,
+        heads: list[str],
+        head_config: HeadConfig,
+        collection: object = None,
+    ) -> Loaded:
         """mace-torch's `load_dataset_for_path`, and a check of the frames that it reads later."""
-        path, numbers = keywords["file_path"], {int(z) for z in keywords["z_table"].zs}
+        numbers = {int(z) for z in z_table.zs}
         refuse_unknown(numbers, self.known_elements() or numbers)
 
-        head = keywords["head_config"]
-        for test in set(stored.test_files(head.test_dir)) - self._looked_through:
+        for test in set(stored.test_files(head_config.test_dir)) - self._looked_through:
             self._looked_through.add(test)
-            settings = {name: keywords[name] for name in ("r_max", "z_table")}
-            load = partial(self.open_hdf5, test, **settings, head=head.head_name)
-            self._look_through(test, load, numbers)
-        return self._look_through(
-            str(path), partial(upstream.original("load_stored"), **keywords), numbers
-        )
+            settings = {"r_max": r_max, "z_table": z_table, "head": head_config.head_name}
+            self._look_through(test, partial(self.open_hdf5, test, **settings), numbers)
+        original = upstream.original("load_stored")
+        load = partial(original, file_path, r_max, z_table, heads, head_config, collection)
+        return self._look_through(str(file_path), load, numbers)
 
-    def open_hdf5(self, file_path: str, **keywords: Any) -> Any:
+    def open_hdf5(self, file_path: str, **keywords: object) -> StoredData:
         """mace-torch's `HDF5Dataset`."""
         return stored.open_hdf5(file_path, self._graphs, **keywords)
 
-    def _look_through(self, path: str, load: Callable[[], Any], numbers: set[int]) -> Any:
+    def _look_through(self, path: str, load: Callable[[], Loaded], numbers: set[int]) -> Loaded:
         """What `load` gives, checked; a list comes from .xyz, which was checked when read."""
         try:
             dataset = load()
@@ -237,8 +253,13 @@ def refuse_unknown(asked: set[int], known: set[int]) -> None:
 
 
 def split(
-    items: list[Any], valid_fraction: float, seed: int, work_dir: str, *rest: Any, **keywords: Any
-) -> Any:
+    items: list[T],
+    valid_fraction: float,
+    seed: int,
+    work_dir: str,
+    *rest: object,
+    **keywords: object,
+) -> tuple[list[T], list[T]]:
     """mace-torch's split of the training set, which needs two frames and a fraction.
 
     Raises:
@@ -258,4 +279,7 @@ def split(
     with ExitStack() as stack:
         if not processes.is_first():  # it writes the indices down
             work_dir = stack.enter_context(TemporaryDirectory())
-        return original(items, valid_fraction, seed, work_dir, *rest, **keywords)
+        parts: tuple[list[T], list[T]] = original(
+            items, valid_fraction, seed, work_dir, *rest, **keywords
+        )
+        return parts

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import Batch, StageTwo
 
 Predictions: TypeAlias = Mapping[str, Tensor]
 # (loss of mace-torch, batch, predictions) -> error of each number, with the label's weight
-Term: TypeAlias = Callable[[Any, Any, Predictions], Tensor]
+Term: TypeAlias = Callable[[torch.nn.Module, Batch, Predictions], Tensor]
 
 # Forces larger than these, eV/A, count less in `universal`
 _LARGE = ((100.0, 0.7), (200.0, 0.4), (300.0, 0.1))
@@ -40,7 +41,7 @@ class WeightedLoss(torch.nn.Module):
         self.loss = loss
         self._terms = dict(terms)
 
-    def forward(self, ref: Any, pred: Predictions, ddp: bool | None = None) -> Tensor:
+    def forward(self, ref: Batch, pred: Predictions, ddp: bool | None = None) -> Tensor:
         """
         Args:
             ref: a batch with labels.
@@ -65,12 +66,12 @@ def heeding_weights(loss: torch.nn.Module) -> torch.nn.Module:
     return loss if terms is None else WeightedLoss(loss, terms)
 
 
-def of_run(*positional: Any, **keywords: Any) -> torch.nn.Module:
+def of_run(*positional: object, **keywords: object) -> torch.nn.Module:
     """mace-torch's `get_loss_fn`."""
     return heeding_weights(upstream.original("loss")(*positional, **keywords))
 
 
-def of_stage_two(*positional: Any, **keywords: Any) -> Any:
+def of_stage_two(*positional: object, **keywords: object) -> tuple[StageTwo, list[bool]]:
     """mace-torch's `get_swa`, whose stage two has a loss of its own."""
     stage, stages = upstream.original("stage_two")(*positional, **keywords)
     return replace(stage, loss_fn=heeding_weights(stage.loss_fn)), stages
@@ -79,20 +80,20 @@ def of_stage_two(*positional: Any, **keywords: Any) -> Any:
 # ------------------------------------------------------------------ terms
 
 
-def _atoms(ref: Any) -> Tensor:
+def _atoms(ref: Batch) -> Tensor:
     """Of each frame, how many: (n_frames,)."""
     counts: Tensor = ref.ptr[1:] - ref.ptr[:-1]
     return counts
 
 
-def _like(error: Tensor, weight: Tensor, ref: Any) -> Tensor:
+def _like(error: Tensor, weight: Tensor, ref: Batch) -> Tensor:
     """A weight of each frame, for the numbers of `error`: a row for each frame or each atom."""
     if len(error) != len(weight):
         weight = torch.repeat_interleave(weight, _atoms(ref))
     return weight.view(-1, *[1] * (error.dim() - 1))
 
 
-def _difference(name: str, ref: Any, pred: Predictions) -> Tensor:
+def _difference(name: str, ref: Batch, pred: Predictions) -> Tensor:
     """Label minus prediction: energies, dipoles and polarisabilities per atom."""
     found: Tensor = ref[name] - pred[name]
     if name in ("energy", "dipole", "polarizability"):
@@ -105,11 +106,16 @@ def _huber(difference: Tensor, delta: Tensor | float) -> Tensor:
     return torch.where(size < delta, 0.5 * difference**2, delta * (size - 0.5 * delta))
 
 
+def _delta(loss: torch.nn.Module) -> float:
+    """The difference from which on `loss` is linear."""
+    return float(vars(loss)["huber_delta"])
+
+
 def _of_huber(name: str) -> Term:
-    def term(loss: Any, ref: Any, pred: Predictions) -> Tensor:
+    def term(loss: torch.nn.Module, ref: Batch, pred: Predictions) -> Tensor:
         difference = _difference(name, ref, pred)
         weight = _like(difference, ref[f"{name}_weight"], ref)
-        return weight * _huber(difference, loss.huber_delta)
+        return weight * _huber(difference, _delta(loss))
 
     return term
 
@@ -117,27 +123,27 @@ def _of_huber(name: str) -> Term:
 def _of_universal(name: str) -> Term:
     """The label's weight is a factor of the difference, as in mace-torch."""
 
-    def term(loss: Any, ref: Any, pred: Predictions) -> Tensor:
+    def term(loss: torch.nn.Module, ref: Batch, pred: Predictions) -> Tensor:
         difference = _difference(name, ref, pred)
         weight = _like(difference, ref[f"{name}_weight"], ref)
-        delta: Tensor | float = loss.huber_delta
+        delta: Tensor | float = _delta(loss)
         if name == "forces":
             size = torch.linalg.vector_norm(weight * ref["forces"], dim=-1, keepdim=True)
-            delta = torch.full_like(size, loss.huber_delta)
+            delta = torch.full_like(size, _delta(loss))
             for limit, factor in _LARGE:
-                delta = torch.where(size < limit, delta, loss.huber_delta * factor)
+                delta = torch.where(size < limit, delta, _delta(loss) * factor)
         return _huber(weight * difference, delta)
 
     return term
 
 
-def _absolute_energy(loss: Any, ref: Any, pred: Predictions) -> Tensor:
+def _absolute_energy(loss: torch.nn.Module, ref: Batch, pred: Predictions) -> Tensor:
     del loss
     weight: Tensor = ref["energy_weight"]
     return weight * _difference("energy", ref, pred).abs()
 
 
-def _length_of_forces(loss: Any, ref: Any, pred: Predictions) -> Tensor:
+def _length_of_forces(loss: torch.nn.Module, ref: Batch, pred: Predictions) -> Tensor:
     del loss
     length = torch.linalg.vector_norm(_difference("forces", ref, pred), dim=-1)
     weighted: Tensor = _like(length, ref["forces_weight"], ref) * length
@@ -145,7 +151,7 @@ def _length_of_forces(loss: Any, ref: Any, pred: Predictions) -> Tensor:
 
 
 def _square(name: str, scale: float = 1.0) -> Term:
-    def term(loss: Any, ref: Any, pred: Predictions) -> Tensor:
+    def term(loss: torch.nn.Module, ref: Batch, pred: Predictions) -> Tensor:
         del loss
         difference = _difference(name, ref, pred)
         weight: Tensor = ref[f"{name}_weight"]  # of a dipole and a polarisability by component

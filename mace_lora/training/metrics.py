@@ -7,13 +7,15 @@ atom.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import Batch
 
 # quantity -> mace-torch's counter of batches that have it, and its lists: labels where relative
 # errors are taken, differences, differences per atom
@@ -32,6 +34,17 @@ _STATES = {
 }
 
 
+class Metrics(Protocol):
+    """mace-torch's `MACELoss`, as far as it is used here; the lists of `_STATES` beside it."""
+
+    loss_fn: Callable[..., Tensor]
+    total_loss: Tensor
+    num_data: Tensor
+    forward: Callable[[Batch, dict[str, Tensor | None]], tuple[None, None]]
+
+    def update(self, batch: Batch, output: dict[str, Tensor | None]) -> None: ...
+
+
 class _OfThisProcess(torch.nn.Module):
     """A loss over the frames at hand, without asking the other processes for theirs."""
 
@@ -39,12 +52,12 @@ class _OfThisProcess(torch.nn.Module):
         super().__init__()
         self.loss_fn = loss_fn
 
-    def forward(self, ref: Any, pred: Any) -> Tensor:
+    def forward(self, ref: Batch, pred: Mapping[str, Tensor | None]) -> Tensor:
         loss: Tensor = self.loss_fn(ref=ref, pred=pred, ddp=False)
         return loss
 
 
-def metrics(loss_fn: torch.nn.Module) -> Any:
+def metrics(loss_fn: torch.nn.Module) -> Metrics:
     """mace-torch's `MACELoss`, over labelled frames, whose sums are over all processes anyway.
 
     mace-torch's losses add up over processes by themselves, batch by batch: right in training, but
@@ -54,17 +67,23 @@ def metrics(loss_fn: torch.nn.Module) -> Any:
     """
     several = dist.is_available() and dist.is_initialized()
     kind = type("Metrics", (upstream.original("metrics"),), {"update": _update})
-    found = kind(_OfThisProcess(loss_fn) if several else loss_fn)
-    found.forward = lambda batch, output: (found.update(batch, output), None)
+    found: Metrics = kind(_OfThisProcess(loss_fn) if several else loss_fn)
+
+    def forward(batch: Batch, output: dict[str, Tensor | None]) -> tuple[None, None]:
+        found.update(batch, output)
+        return None, None
+
+    found.forward = forward
     return found
 
 
-def _update(metrics: Any, batch: Any, output: dict[str, Tensor | None]) -> None:
+def _update(metrics: Metrics, batch: Batch, output: dict[str, Tensor | None]) -> None:
     """In the place of `MACELoss.update`."""
     metrics.total_loss += metrics.loss_fn(pred=output, ref=batch)
     metrics.num_data += batch.num_graphs
     for quantity, (computed, labels, differences, per_atom) in _STATES.items():
-        prediction, label = output.get(quantity), batch[quantity]
+        prediction: Tensor | None = output.get(quantity)
+        label: Tensor | None = batch[quantity]
         if prediction is None or label is None:
             continue
         weighted, of_frames = labelled(batch, quantity, label)
@@ -79,7 +98,7 @@ def _update(metrics: Any, batch: Any, output: dict[str, Tensor | None]) -> None:
         setattr(metrics, computed, getattr(metrics, computed) + of_frames.any())
 
 
-def labelled(batch: Any, quantity: str, label: Tensor) -> tuple[Tensor, Tensor]:
+def labelled(batch: Batch, quantity: str, label: Tensor) -> tuple[Tensor, Tensor]:
     """Which numbers of `label` weigh anything, and which frames.
 
     Returns:

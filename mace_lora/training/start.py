@@ -24,7 +24,7 @@ from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.record import Run, Started
 from mace_lora.upstream import cueq, predicting
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.types import ElementTable, HeadSettings, Loader
+from mace_lora.upstream.types import ElementTable, HeadConfig, Loader
 
 # Frames on which the energy offset at the start is measured
 OFFSET_FRAMES = 8
@@ -101,7 +101,7 @@ class Start:
         model_foundation: torch.nn.Module,
         heads: list[str],
         z_table: ElementTable,
-        head_configs: Sequence[HeadSettings],
+        head_configs: Sequence[HeadConfig],
     ) -> tuple[torch.nn.Module, dict[str, bool]]:
         """mace-torch's model; mends E0s that it overwrites, and speaks of energy offsets.
 

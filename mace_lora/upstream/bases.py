@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from mace_lora.upstream.hyperparameters import Foreign, parts, plain
+from mace_lora.upstream.hyperparameters import Foreign, number, part, parts, tensor
 from mace_lora.upstream.reading import Made
 
 # Relative differences of constants that come from another precision, not from another meaning
@@ -24,8 +24,8 @@ def contractions(tree: Made) -> Iterator[tuple[str, Made]]:
     """MACE's own contractions in `tree` by path; none in cuequivariance's format."""
     for i, product in enumerate(parts(tree, "products")):
         own = product.get("symmetric_contractions.contractions")
-        for j, part in (own.children if isinstance(own, Made) else {}).items():
-            yield f"products.{i}.symmetric_contractions.contractions.{j}", part
+        for j, made in (own.children if isinstance(own, Made) else {}).items():
+            yield f"products.{i}.symmetric_contractions.contractions.{j}", made
 
 
 def symmetric(coupling: torch.Tensor, vector: bool) -> torch.Tensor:
@@ -50,7 +50,7 @@ def symmetric(coupling: torch.Tensor, vector: bool) -> torch.Tensor:
 
 def is_full(tree: Made) -> bool:
     """Whether some paths of a contraction depend on each other, which tells the full basis."""
-    return _depend(part.tensors("_buffers") for _, part in contractions(tree))
+    return _depend(made.tensors("_buffers") for _, made in contractions(tree))
 
 
 def tell_basis(model: torch.nn.Module) -> None:
@@ -59,8 +59,8 @@ def tell_basis(model: torch.nn.Module) -> None:
     Where cuequivariance is missing, mace-torch builds the full basis and says otherwise.
     """
     if getattr(model, "use_reduced_cg", False) and _depend(
-        dict(part.named_buffers(recurse=False))
-        for name, part in model.named_modules()
+        dict(module.named_buffers(recurse=False))
+        for name, module in model.named_modules()
         if ".contractions." in name
     ):
         setattr(model, "use_reduced_cg", False)  # noqa: B010  (torch's stubs know tensors alone)
@@ -83,11 +83,11 @@ def same_basis(model: torch.nn.Module, tree: Made) -> bool:
     return all(_agrees(model.get_submodule(path), made) for path, made in contractions(tree))
 
 
-def _agrees(part: torch.nn.Module, made: Made) -> bool:
+def _agrees(module: torch.nn.Module, made: Made) -> bool:
     kept = made.tensors("_buffers")
     return all(
         name in kept and close(kept[name], own)
-        for name, own in part.named_buffers(recurse=False)
+        for name, own in module.named_buffers(recurse=False)
         if name.startswith("U_matrix")
     )
 
@@ -111,16 +111,16 @@ def changed_bases(
         Foreign: they can't be had as a combination of these paths.
     """
     for path, made in contractions(tree):
-        part = model.get_submodule(path)
-        if _agrees(part, made):
+        module = model.get_submodule(path)
+        if _agrees(module, made):
             continue
-        own, found = dict(part.named_buffers(recurse=False)), {}
-        highest = plain(made.get("correlation"))
+        own, found = dict(module.named_buffers(recurse=False)), {}
+        highest = int(number(made.get("correlation")))
         for order in range(1, highest + 1):
             name = "weights_max" if order == highest else str(highest - 1 - order)
-            holder = made if order == highest else made.get("weights")
+            holder = made if order == highest else part(made, "weights")
             weights = holder.tensors("_parameters")[name]
-            there, here = made.get(f"U_matrix_{order}"), own[f"U_matrix_{order}"]
+            there, here = tensor(made, f"U_matrix_{order}"), own[f"U_matrix_{order}"]
             vector = there.ndim > order + 1
             matrix = _transition(symmetric(there, vector), symmetric(here, vector), path)
             found[name] = torch.einsum("pq,eqc->epc", matrix.to(weights.dtype), weights.detach())

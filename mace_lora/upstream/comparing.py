@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -69,23 +68,26 @@ def _same_gate(part: torch.nn.Module, made: Made) -> bool:
     return all(own_value(vars(part)[k]) == plain(made.get(path)) for k, path in _GATES.items())
 
 
-def _stacked(instructions: tuple[Any, ...]) -> tuple[Any, ...]:
+def _stacked(instructions: object) -> object:
     """Paths of a linear layer, those of neighbouring inputs to one output as one.
 
     4x0e + 3x0e has the weights of 7x0e, in the same order.
     """
-    found: list[list[Any]] = []
+    if not isinstance(instructions, tuple):
+        return instructions
+    found: list[tuple[object, int, tuple[int, ...], object]] = []
     for _, output, shape, weight in instructions:
-        last = found[-1] if found else None
-        same = (output, shape[1:], len(shape)) if last else None
-        if last and same == (last[0], last[2], 2) and _alike(last[3], weight):
-            found[-1][1] += shape[0]
+        new = output, shape[0], shape[1:], weight
+        last = found[-1] if found else new
+        same = found and (output, shape[1:], len(shape)) == (last[0], last[2], 2)
+        if same and _alike(last[3], weight):
+            found[-1] = output, last[1] + shape[0], last[2], last[3]
         else:
-            found.append([output, shape[0], shape[1:], weight])
-    return tuple(map(tuple, found))
+            found.append(new)
+    return tuple(found)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     if isinstance(value, tuple):
@@ -93,7 +95,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: object, other: object) -> bool:
     numbers = (bool, int, float)
     if isinstance(one, numbers) and isinstance(other, numbers):
         return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-12)

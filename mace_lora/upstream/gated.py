@@ -19,7 +19,7 @@ from mace_lora.config import AdapterConfig
 from mace_lora.errors import FoundationModelError
 from mace_lora.model.layers import find_sites
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.hyperparameters import plain
+from mace_lora.upstream.hyperparameters import part, plain
 from mace_lora.upstream.reading import Made
 
 _PREFIX = "Gated"
@@ -54,7 +54,7 @@ def take_out(tree: Made, path: str = "") -> dict[str, Made]:
         here = f"{path}.{name}".lstrip(".")
         if child.name == "Gated" and child.module.startswith("mace_lora."):
             found[here] = child.children["gate"]
-            tree.state["_modules"][name] = child.children["ungated"]
+            tree.held("_modules")[name] = child.children["ungated"]
         else:
             found |= take_out(child, here)
     return found
@@ -68,9 +68,9 @@ def put_back(model: torch.nn.Module, gates: dict[str, Made]) -> None:
     """
     sites = {site.name: site for site in find_sites(model)[0]}
     for name, made in gates.items():
-        kept = made.state["config"].state
-        options = {key: plain(value) for key, value in kept["options"].state.items()}
-        config = AdapterConfig.create(kept["method"], **options)
+        kept = part(made, "config").state
+        options = {key: plain(value) for key, value in part(made, "config.options").state.items()}
+        config = AdapterConfig.create(str(kept["method"]), None, **options)
         gate = get_method(config.method).make(sites[name], config.options)
         own, there = dict(gate.named_parameters()), made.tensors("_parameters")
         if type(gate).__name__ != made.name or own.keys() != there.keys():

@@ -8,25 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.types import Graph
 
 # Models that see a cell otherwise than through neighbours: by what is periodic with it
 _LONG_RANGE = ("PolarMACE", "MACELES")
 
 
+# One of a frame: energies, forces, ..., or a text such as its head; None where it lacks the label
+Label: TypeAlias = np.ndarray | float | str | None
+
+
+class KeySpecification(Protocol):
+    """mace-torch's: property -> its name in a file."""
+
+    info_keys: Mapping[str, str]
+    arrays_keys: Mapping[str, str]
+
+
 class Configuration(Protocol):
     """mace-torch's Configuration: one frame with its labels, None for one that it lacks."""
 
-    atomic_numbers: np.ndarray[Any, np.dtype[np.int64]]
-    positions: np.ndarray[Any, np.dtype[np.float64]]
-    properties: dict[str, Any]
-    property_weights: dict[str, Any]
-    cell: np.ndarray[Any, np.dtype[np.float64]] | None
+    atomic_numbers: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.float64]
+    properties: dict[str, Label]
+    property_weights: dict[str, np.ndarray | float]
+    cell: npt.NDArray[np.float64] | None
     pbc: Sequence[bool] | None
     weight: float
     config_type: str
@@ -90,12 +103,12 @@ class Graphs:
         """The graphs that `model` takes."""
         return cls(padded=sees_cells(model))
 
-    def from_config(self, config: Configuration, **keywords: Any) -> Any:
+    def from_config(self, config: Configuration, **keywords: object) -> Graph:
         """mace-torch's graph of one frame; the keywords are those of `AtomicData.from_config`."""
-        graph = upstream.original("graphs").from_config(without_gaps(config), **keywords)
+        graph: Graph = upstream.original("graphs").from_config(without_gaps(config), **keywords)
         cell = config.cell
         if not self.padded and not all(periodic_in(config)) and has_volume(cell):
-            graph.cell = torch.as_tensor(cell, dtype=graph.cell.dtype)
+            graph.cell = torch.as_tensor(cell, dtype=graph.positions.dtype)
         return graph
 
 
@@ -109,7 +122,7 @@ def is_long_range(kind: str) -> bool:
     return kind in _LONG_RANGE
 
 
-def has_volume(cell: Any) -> bool:
+def has_volume(cell: npt.ArrayLike | None) -> bool:
     """Whether three lattice vectors (rows, A) span one."""
     if cell is None:
         return False
@@ -117,6 +130,6 @@ def has_volume(cell: Any) -> bool:
     return bool(abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)) > 1e-6)
 
 
-def key_names(specification: Any) -> Mapping[str, str]:
+def key_names(specification: KeySpecification) -> Mapping[str, str]:
     """A KeySpecification of mace-torch's as one table: property -> its name in a file."""
     return {**specification.info_keys, **specification.arrays_keys}

@@ -8,7 +8,7 @@ weights (see `bases`): the attribute of that name is True in models whose weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 import mace  # noqa: F401  must come before e3nn: it prepares e3nn for current torch versions
 import numpy as np
@@ -62,7 +62,7 @@ class Foreign(FoundationModelError):
     """Something in the file that the installed mace-torch doesn't have."""
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value of a file as numbers, texts, names of classes and tuples of them."""
     if isinstance(value, Array):
         value = torch.from_numpy(np.array(value.value))
@@ -85,17 +85,42 @@ def plain(value: Any) -> Any:
     return value
 
 
-def irreps(value: Any) -> str:
+def irreps(value: object) -> str:
     """Irreps of a file as a text such as `16x0e+16x1o`."""
     if not isinstance(value, Made):
         return str(o3.Irreps(value))
-    blocks = [block.arguments[0] for block in value.arguments[0]]
+    blocks = [(mul, *_entries(ir)) for mul, ir in map(_entries, _entries(value))]
     return "+".join(
-        f"{mul}x{ir.arguments[0][0]}{'e' if ir.arguments[0][1] == 1 else 'o'}" for mul, ir in blocks
+        f"{mul}x{degree}{'e' if parity == 1 else 'o'}" for mul, degree, parity in blocks
     )
 
 
-def arguments(tree: Made, kind: str) -> dict[str, Any]:
+def _entries(value: object) -> tuple[object, ...]:
+    """Those of an object whose class is derived from tuple."""
+    if (
+        isinstance(value, Made)
+        and value.arguments
+        and isinstance(value.arguments[0], (tuple, list))
+    ):
+        return tuple(value.arguments[0])
+    raise Foreign("irreps in a form that mace-torch's don't have")
+
+
+def number(value: object) -> float:
+    """A number of a file, whichever kind it is kept as."""
+    found = plain(value)
+    if not isinstance(found, (int, float)):
+        raise Foreign(f"{found!r} in the place of a number")
+    return found
+
+
+def whole_numbers(value: object) -> list[int]:
+    """One or several of a file."""
+    found = plain(value)
+    return [int(number(n)) for n in (found if isinstance(found, tuple) else (found,))]
+
+
+def arguments(tree: Made, kind: str) -> dict[str, object]:
     """What the class `kind` is built with, to become the model in `tree`.
 
     Raises:
@@ -104,9 +129,12 @@ def arguments(tree: Made, kind: str) -> dict[str, Any]:
     common = _common(tree)
     if kind in DIPOLES:
         return {**common, **_dipoles(tree, kind)}
-    found = {**common, **_energy(tree, common["num_interactions"])}
+    found = {**common, **_energy(tree)}
     if kind != "MACE":
-        found |= {f"atomic_inter_{k}": _array(tree, f"scale_shift.{k}") for k in ("scale", "shift")}
+        found |= {
+            f"atomic_inter_{k}": tensor(tree, f"scale_shift.{k}").numpy()
+            for k in ("scale", "shift")
+        }
     if kind == "MACELES":
         found["les_arguments"] = _les(tree)
     if kind == "PolarMACE":
@@ -114,19 +142,19 @@ def arguments(tree: Made, kind: str) -> dict[str, Any]:
     return found
 
 
-def _common(tree: Made) -> dict[str, Any]:
-    numbers = [int(z) for z in np.atleast_1d(plain(_needed(tree, "atomic_numbers")))]
+def _common(tree: Made) -> dict[str, object]:
+    numbers = whole_numbers(needed(tree, "atomic_numbers"))
     blocks = parts(tree, "interactions")
     first, last = blocks[0], blocks[-1]
-    embedding = _needed(tree, "radial_embedding")
-    hidden = irreps(_needed(first, "hidden_irreps"))
+    embedding = part(tree, "radial_embedding")
+    hidden = irreps(needed(first, "hidden_irreps"))
     correlations = [_correlation(product) for product in parts(tree, "products")]
-    radial = _needed(embedding, "bessel_fn").name
+    radial = part(embedding, "bessel_fn").name
     return {
-        "r_max": float(plain(tree.get("r_max", embedding.get("cutoff_fn.r_max")))),
-        "num_bessel": plain(_needed(embedding, "out_dim")),
-        "num_polynomial_cutoff": int(plain(_needed(embedding, "cutoff_fn.p"))),
-        "max_ell": plain(_needed(tree, "spherical_harmonics._lmax")),
+        "r_max": float(number(tree.get("r_max", embedding.get("cutoff_fn.r_max")))),
+        "num_bessel": plain(needed(embedding, "out_dim")),
+        "num_polynomial_cutoff": int(number(needed(embedding, "cutoff_fn.p"))),
+        "max_ell": plain(needed(tree, "spherical_harmonics._lmax")),
         "interaction_cls": _one_of(modules.interaction_classes, last, "interaction block"),
         "interaction_cls_first": _one_of(modules.interaction_classes, first, "interaction block"),
         "num_interactions": len(blocks),
@@ -134,7 +162,7 @@ def _common(tree: Made) -> dict[str, Any]:
         "hidden_irreps": o3.Irreps(hidden),
         "MLP_irreps": _mlp(tree),
         "gate": _gate(tree),
-        "avg_num_neighbors": float(plain(_needed(first, "avg_num_neighbors"))),
+        "avg_num_neighbors": float(number(needed(first, "avg_num_neighbors"))),
         "atomic_numbers": numbers,
         "correlation": correlations[0] if len({*correlations}) == 1 else correlations,
         "radial_type": _RADIAL.get(radial, radial),
@@ -142,23 +170,30 @@ def _common(tree: Made) -> dict[str, Any]:
     }
 
 
-def _energy(tree: Made, layers: int) -> dict[str, Any]:
-    readouts = parts(tree, "readouts")
+def _energy(tree: Made) -> dict[str, object]:
+    blocks, readouts = parts(tree, "interactions"), parts(tree, "readouts")
+    layers = len(blocks)
     specs = plain(tree.get("embedding_specs"))
     transform = tree.get("radial_embedding.distance_transform")
-    last = irreps(_needed(parts(tree, "interactions")[-1], "hidden_irreps"))
-    hidden = irreps(_needed(parts(tree, "interactions")[0], "hidden_irreps"))
+    last = irreps(needed(blocks[-1], "hidden_irreps"))
+    hidden = irreps(needed(blocks[0], "hidden_irreps"))
     return {
-        "atomic_energies": np.atleast_2d(_array(tree, "atomic_energies_fn.atomic_energies")),
+        "atomic_energies": np.atleast_2d(
+            tensor(tree, "atomic_energies_fn.atomic_energies").numpy()
+        ),
         "heads": heads(tree),
         "pair_repulsion": tree.get("pair_repulsion_fn") is not None,
-        "distance_transform": _TRANSFORMS.get(transform.name) if transform else "None",
+        "distance_transform": (
+            _TRANSFORMS.get(transform.name) if isinstance(transform, Made) else "None"
+        ),
         "apply_cutoff": plain(tree.get("radial_embedding.apply_cutoff", True)),
         "use_so3": _is_so3(tree),
         "use_agnostic_product": bool(tree.get("products.0.use_agnostic_product", False)),
         "use_last_readout_only": layers > 1 and len(readouts) == 1,
         "use_embedding_readout": tree.get("embedding_readout") is not None,
-        "embedding_specs": specs and {name: dict(spec) for name, spec in specs.items()},
+        "embedding_specs": (
+            {name: dict(spec) for name, spec in specs.items()} if isinstance(specs, dict) else None
+        ),
         "edge_irreps": tree.get("edge_irreps") and o3.Irreps(irreps(tree.get("edge_irreps"))),
         "use_edge_irreps_first": bool(tree.get("use_edge_irreps_first", False)),
         "readout_cls": (
@@ -170,39 +205,41 @@ def _energy(tree: Made, layers: int) -> dict[str, Any]:
     }
 
 
-def _dipoles(tree: Made, kind: str) -> dict[str, Any]:
+def _dipoles(tree: Made, kind: str) -> dict[str, object]:
     energies = None
     if kind == "EnergyDipolesMACE":
-        energies = np.atleast_2d(_array(tree, "atomic_energies_fn.atomic_energies"))
+        energies = np.atleast_2d(tensor(tree, "atomic_energies_fn.atomic_energies").numpy())
     return {"atomic_energies": energies}
 
 
-def _polar(tree: Made) -> dict[str, Any]:
+def _polar(tree: Made) -> dict[str, object]:
     found = {name: plain(tree.get(name)) for name in _POLAR if tree.get(name) is not None}
     norms = plain(tree.get("_field_feature_norms"))
     known = {**vars(modules.field_blocks), **GATES}
 
-    def options(key: str) -> dict[str, Any]:
+    def options(key: str) -> dict[str, object]:
         kept = tree.get(key) or {}
+        if not isinstance(kept, dict):
+            raise Foreign(f"its {key} is no table")
         made = {name: plain(value) for name, value in kept.items()}
         for name, value in kept.items():
             if isinstance(value, (type, Made)):  # a class, by name
-                made[name] = known.get(made[name]) or _foreign(made[name], "block")
+                made[name] = known.get(called := str(made[name])) or _foreign(called, "block")
         return made
 
     return {
         **found,
-        "field_feature_norms": None if norms is None else list(np.atleast_1d(norms)),
+        "field_feature_norms": None if norms is None else list(np.atleast_1d(np.asarray(norms))),
         "fixedpoint_update_config": options("_fixedpoint_update_config"),
         "field_readout_config": options("_field_readout_config"),
     }
 
 
-def _les(tree: Made) -> dict[str, Any]:
-    les = _needed(tree, "les")
+def _les(tree: Made) -> dict[str, object]:
+    les = part(tree, "les")
     found = {name: plain(les.state[name]) for name in _LES if name in les.state}
-    if "n_hidden" in found and isinstance(found["n_hidden"], tuple):
-        found["n_hidden"] = list(found["n_hidden"])
+    if isinstance(hidden := found.get("n_hidden"), tuple):
+        found["n_hidden"] = list(hidden)
     for name in ("compute_bec", "bec_output_index"):
         if name in tree.state:
             found[name] = plain(tree.state[name])
@@ -212,11 +249,11 @@ def _les(tree: Made) -> dict[str, Any]:
 def heads(tree: Made) -> list[str]:
     """The names of the heads; models of one head have had none."""
     named = plain(tree.get("heads"))
-    return [str(head) for head in named] if named else ["Default"]
+    return [str(head) for head in named] if isinstance(named, tuple) and named else ["Default"]
 
 
 def _is_so3(tree: Made) -> bool:
-    return "1e" in irreps(_needed(tree, "spherical_harmonics.irreps_out"))
+    return "1e" in irreps(needed(tree, "spherical_harmonics.irreps_out"))
 
 
 def _mlp(tree: Made) -> o3.Irreps:
@@ -240,51 +277,63 @@ def _gate(tree: Made) -> Callable[[torch.Tensor], torch.Tensor] | None:
     ):
         function = readouts[-1].get(path)
         if function is not None:
-            name = plain(function)
-            return GATES[name] if name in GATES else _foreign(str(name), "activation function")
+            name = str(plain(function))
+            return GATES[name] if name in GATES else _foreign(name, "activation function")
     return None
 
 
 def _correlation(product: Made) -> int:
     contraction = product.get("symmetric_contractions.contractions.0")
-    if contraction is None:  # of cuequivariance's
-        return int(plain(_needed(product, "symmetric_contractions.contraction_degree")))
-    return 1 + len(contraction.get("weights").tensors("_parameters"))
+    if not isinstance(contraction, Made):  # of cuequivariance's
+        return int(number(needed(product, "symmetric_contractions.contraction_degree")))
+    return 1 + len(part(contraction, "weights").tensors("_parameters"))
 
 
 def _radial_mlp(block: Made) -> list[int]:
     sizes = block.get("radial_MLP")
     if sizes is None:
-        sizes = _needed(block, "conv_tp_weights.hs")[1:-1]
-    return [int(size) for size in plain(sizes)]
+        return whole_numbers(needed(block, "conv_tp_weights.hs"))[1:-1]
+    return whole_numbers(sizes)
 
 
-def _needed(tree: Made, path: str) -> Any:
+def needed(tree: Made, path: str) -> object:
+    """What `path` names; it must be there."""
     found = tree.get(path)
     if found is None:
         raise Foreign(f"a {tree.name} without {path}")
     return found
 
 
+def part(tree: Made, path: str) -> Made:
+    """The object that `path` names."""
+    found = needed(tree, path)
+    if not isinstance(found, Made):
+        raise Foreign(f"a {tree.name} whose {path} is {found!r}")
+    return found
+
+
 def parts(tree: Made, name: str) -> list[Made]:
     """The entries of a ModuleList."""
-    return list(_needed(tree, name).children.values())
+    return list(part(tree, name).children.values())
 
 
-def _array(tree: Made, path: str) -> np.ndarray[Any, Any]:
-    tensor: torch.Tensor = _needed(tree, path)
-    return tensor.detach().numpy()
+def tensor(tree: Made, path: str) -> torch.Tensor:
+    """The numbers that `path` names, without their history."""
+    found = needed(tree, path)
+    if not isinstance(found, torch.Tensor):
+        raise Foreign(f"a {tree.name} whose {path} is no tensor")
+    return found.detach()
 
 
-def _one_of(known: dict[str, type], part: Made, what: str) -> Any:
-    return known[part.name] if part.name in known else _foreign(part.name, what)
+def _one_of(known: dict[str, type], made: Made, what: str) -> type:
+    return known[made.name] if made.name in known else _foreign(made.name, what)
 
 
-def _foreign(name: str, what: str) -> Any:
+def _foreign(name: str, what: str) -> NoReturn:
     raise Foreign(f"its {what} {name} is none of mace-torch's")
 
 
-def own_value(value: Any) -> Any:
+def own_value(value: object) -> object:
     """An attribute of a module in the form that `plain` gives one of a file."""
     if isinstance(value, o3.Irreps):
         return str(value.simplify())

@@ -148,6 +148,8 @@ def _original(path: Path, digest: str) -> torch.nn.Module:
     del digest  # tells another file of the same name
     content = reading.read(path)
     _check_is_model(content, lambda part: getattr(content, "get", lambda _: None)(part) is not None)
+    if not isinstance(content, reading.Made):
+        raise FoundationModelError(f"no MACE model: a {type(content).__name__}")
     return remaking.model_of(content)
 
 

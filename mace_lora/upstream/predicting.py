@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 import ase
 import numpy as np
@@ -17,6 +16,7 @@ from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration, Graphs
 from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.precision import default_dtype
+from mace_lora.upstream.types import Batch, Dataset, Graph
 
 # Outputs that are compared when a merge is proved; a model gives some of them
 OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
@@ -26,7 +26,7 @@ MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 def predict(
     model: torch.nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     device: str | torch.device | None = None,
     compute_stress: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -62,7 +62,10 @@ def largest_difference(
 
 
 def prove_merge(
-    before: dict[str, torch.Tensor], merged: torch.nn.Module, batches: Iterable[Any], otherwise: str
+    before: dict[str, torch.Tensor],
+    merged: torch.nn.Module,
+    batches: Iterable[Batch],
+    otherwise: str,
 ) -> dict[str, tuple[float, float]]:
     """That a merged model predicts for `batches` what the adapted one did.
 
@@ -93,7 +96,7 @@ def differences_text(found: dict[str, tuple[float, float]]) -> str:
     return ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
 
 
-def batch_of(dataset: Any, n_frames: int, label: str | None = None) -> list[Any]:
+def batch_of(dataset: Dataset, n_frames: int, label: str | None = None) -> list[Batch]:
     """The first frames of a data set as one batch (a list of one), or an empty list.
 
     Args:
@@ -108,7 +111,7 @@ def batch_of(dataset: Any, n_frames: int, label: str | None = None) -> list[Any]
     return [batches.from_data_list(frames)] if frames else []
 
 
-def has(graph: Any, label: str) -> bool:
+def has(graph: Graph, label: str) -> bool:
     """Whether a graph has a label that weighs anything."""
     if getattr(graph, label, None) is None:
         return False
@@ -116,7 +119,7 @@ def has(graph: Any, label: str) -> bool:
     return bool((weight > 0).any())
 
 
-def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
+def atoms_of(dataset: Dataset, model: torch.nn.Module, n_frames: int) -> list[ase.Atoms]:
     """The first frames of a data set of mace-torch as `ase.Atoms`, labelled by the default keys."""
     numbers = np.array(atomic_numbers(model))
     inputs = inputs_of(model).values()
@@ -132,7 +135,7 @@ def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.At
         for name, place in (("energy", atoms.info), ("forces", atoms.arrays)):
             if has(data, name):
                 place[f"REF_{name}"] = getattr(data, name).numpy()
-        if has(data, "stress"):
+        if data.stress is not None and has(data, "stress"):
             atoms.info["REF_stress"] = data.stress.reshape(3, 3).numpy()
         for item in inputs:
             place = atoms.arrays if item.per_atom else atoms.info
@@ -143,7 +146,7 @@ def atoms_of(dataset: Any, model: torch.nn.Module, n_frames: int) -> list[ase.At
 
 def frames_to_batch(
     frames: Iterable[ase.Atoms], model: torch.nn.Module, head: str | None = None
-) -> Any:
+) -> Batch:
     """ASE frames as one batch for `model`, in its precision, on its device.
 
     Args:
@@ -156,7 +159,7 @@ def frames_to_batch(
 
 def frames_to_data(
     frames: Iterable[ase.Atoms], model: torch.nn.Module, head: str | None = None
-) -> list[Any]:
+) -> list[Graph]:
     """ASE frames as a data set of mace-torch; the arguments are those of `frames_to_batch`."""
     data = upstream.module("mace.data")
     keys = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
@@ -171,12 +174,12 @@ def frames_to_data(
     )
 
 
-def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Module) -> Any:
+def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Module) -> Batch:
     """Frames as one batch for `model`, in its precision, on its device."""
     return _batch(_graphs(frames, model), model)
 
 
-def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Any]:
+def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Graph]:
     table = upstream.module("mace.tools").AtomicNumberTable(atomic_numbers(model))
     settings = {
         "z_table": table,
@@ -188,8 +191,9 @@ def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Any
         return [make.from_config(frame, **settings) for frame in frames]
 
 
-def _batch(graphs: list[Any], model: torch.nn.Module) -> Any:
+def _batch(graphs: list[Graph], model: torch.nn.Module) -> Batch:
     batches = upstream.module("mace.tools.torch_geometric").Batch
     with default_dtype(next(model.parameters()).dtype):
         batch = batches.from_data_list(graphs)
-    return batch.to(next(model.parameters()).device)
+    found: Batch = batch.to(next(model.parameters()).device)
+    return found

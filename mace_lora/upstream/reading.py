@@ -13,9 +13,9 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, ClassVar
 
 import numpy as np
 import torch
@@ -41,53 +41,60 @@ class Made:
 
     module: ClassVar[str] = ""
     name: ClassVar[str] = ""
-    arguments: tuple[Any, ...]
-    state: dict[str, Any]
-    entries: list[Any]
+    arguments: tuple[object, ...]
+    state: dict[str, object]
+    entries: list[object]
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> Made:
+    def __new__(cls, *arguments: object, **keywords: object) -> Made:
         made = object.__new__(cls)
         made.arguments = (*arguments, *keywords.values())
         made.state, made.entries = {}, []
         return made
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, *arguments: object, **keywords: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         # (attributes, slots) where a class has slots; anything else is a form of its own
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             if isinstance(part, dict):
                 self.state.update(part)
 
     # What a pickle does to subclasses of list and dict
-    def append(self, entry: Any) -> None:
+    def append(self, entry: object) -> None:
         self.entries.append(entry)
 
-    def extend(self, entries: Any) -> None:
+    def extend(self, entries: Iterable[object]) -> None:
         self.entries.extend(entries)
 
-    def __setitem__(self, key: Any, entry: Any) -> None:
+    def __setitem__(self, key: object, entry: object) -> None:
         self.entries.append((key, entry))
 
     @property
     def children(self) -> dict[str, Made]:
         """As a torch module: its submodules by name, in order."""
-        kept = self.state.get(_CHILDREN) or {}
+        kept = self.held(_CHILDREN)
         return {name: child for name, child in kept.items() if isinstance(child, Made)}
 
     def tensors(self, place: str) -> dict[str, torch.Tensor]:
         """As a torch module: its own tensors, of `_parameters` or `_buffers`, by name."""
-        kept = self.state.get(place) or {}
+        kept = self.held(place)
         return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
 
-    def get(self, path: str, default: Any = None) -> Any:
+    def held(self, place: str) -> dict[str, object]:
+        """A table among its attributes, an empty one where there is none."""
+        kept = self.state.get(place) or {}
+        if not isinstance(kept, dict):
+            raise UnreadableFile(f"a {self.name} whose {place} are no table")
+        return kept
+
+    def get(self, path: str, default: object = None) -> object:
         """What `path` names, such as `radial_embedding.cutoff_fn.p`; `default` if nothing."""
-        here: Any = self
+        here: object = self
         for name in path.split("."):
             if not isinstance(here, Made):
                 return default
-            places = (here.state, *(here.state.get(place) or {} for place in _PLACES))
+            places = (here.state, *map(here.held, _PLACES))
             found = [place[name] for place in places if name in place]
             if not found:
                 return default
@@ -109,7 +116,7 @@ def walk(tree: Made, path: str = "") -> Iterator[tuple[str, Made]]:
             yield from walk(child, f"{path}.{name}".lstrip("."))
 
 
-def read(path: str | Path) -> Any:
+def read(path: str | Path) -> object:
     """The object in a file of `torch.save`: a `Made`, a container, a tensor or a plain value.
 
     All tensors are on the CPU, whatever device they were saved from.
@@ -122,13 +129,13 @@ def read(path: str | Path) -> Any:
         return _read(file)
 
 
-def archive(content: bytes) -> Any:
+def archive(content: bytes) -> object:
     """The object in a TorchScript archive, such as e3nn keeps in its layers; code is left out."""
     with zipfile.ZipFile(io.BytesIO(content)) as stored:
         return _of_zip(stored)
 
 
-def _read(file: IO[bytes]) -> Any:
+def _read(file: IO[bytes]) -> object:
     try:
         start = file.read(4)
         file.seek(0)
@@ -147,44 +154,46 @@ def _read(file: IO[bytes]) -> Any:
 # ------------------------------------------------------------------------------ torch's two formats
 
 
-def _of_zip(stored: zipfile.ZipFile) -> Any:
+def _of_zip(stored: zipfile.ZipFile) -> object:
     (entry,) = (n for n in stored.namelist() if n.endswith("/data.pkl"))
     folder = entry.removesuffix("data.pkl")
     if folder + "byteorder" in stored.namelist() and stored.read(folder + "byteorder") != b"little":
         raise UnreadableFile("numbers of a big-endian machine")
     storages: dict[str, torch.Tensor] = {}
 
-    def storage(saved: tuple[Any, ...]) -> torch.Tensor:
-        kind, key, _, count = saved[1:5]
+    def storage(saved: tuple[object, ...]) -> torch.Tensor:
+        dtype, key, count = _storage(saved)
         if key not in storages:
-            storages[key] = _numbers(stored.read(f"{folder}data/{key}"), _dtype_of(kind), count)
+            storages[key] = _numbers(stored.read(f"{folder}data/{key}"), dtype, count)
         return storages[key]
 
     return _Reader(io.BytesIO(stored.read(entry)), storage).load()
 
 
-def _of_legacy(file: IO[bytes]) -> Any:
+def _of_legacy(file: IO[bytes]) -> object:
     """The format of torch before 1.6: pickles in a row, then the numbers of all storages."""
     storages: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def storage(saved: tuple[Any, ...]) -> Any:
+    def storage(saved: tuple[object, ...]) -> object:
         if saved[0] != "storage":  # a class, with its source
             return saved[1]
-        kind, key, _, count, view = saved[1:6]
-        if view is not None:
+        dtype, key, count = _storage(saved)
+        if saved[5] is not None:
             raise UnreadableFile("views of storages")
         if key not in storages:
-            storages[key] = torch.empty(count, dtype=_dtype_of(kind)), count
+            storages[key] = torch.empty(count, dtype=dtype), count
         return storages[key][0]
 
-    def load() -> Any:
+    def load() -> object:
         return _Reader(file, storage).load()
 
     if load() != _LEGACY_MAGIC:
         raise UnreadableFile("no file of torch.save")
     load(), load()  # protocol, and facts of the machine
-    content = load()
-    for key in load():
+    content, keys = load(), load()
+    if not isinstance(keys, list):
+        raise UnreadableFile("no list of storages")
+    for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         target, expected = storages[key]
         if count != expected:
@@ -192,6 +201,14 @@ def _of_legacy(file: IO[bytes]) -> Any:
         raw = file.read(count * target.element_size())
         target.copy_(_numbers(raw, target.dtype, count))
     return content
+
+
+def _storage(saved: tuple[object, ...]) -> tuple[torch.dtype, str, int]:
+    """Kind, key and count of the numbers that a pickle speaks of."""
+    kind, key, _, count = saved[1:5]
+    if not (isinstance(key, str) and isinstance(count, int)):
+        raise UnreadableFile(f"a storage called {key} of {count} numbers")
+    return _dtype_of(kind), key, count
 
 
 def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -214,10 +231,11 @@ _DTYPES = {
 }
 
 
-def _dtype_of(kind: type[Made]) -> torch.dtype:
-    if kind.name not in _DTYPES:
-        raise UnreadableFile(f"numbers of an unknown kind, {kind.name}")
-    return _DTYPES[kind.name]
+def _dtype_of(kind: object) -> torch.dtype:
+    name = kind.name if isinstance(kind, type) and issubclass(kind, Made) else str(kind)
+    if name not in _DTYPES:
+        raise UnreadableFile(f"numbers of an unknown kind, {name}")
+    return _DTYPES[name]
 
 
 # ------------------------------------------------------------------------------ the pickle itself
@@ -226,12 +244,12 @@ def _dtype_of(kind: type[Made]) -> torch.dtype:
 class _Reader(pickle.Unpickler):
     """Makes data, and stand-ins for all else."""
 
-    def __init__(self, file: IO[bytes], storage: Callable[[tuple[Any, ...]], Any]) -> None:
+    def __init__(self, file: IO[bytes], storage: Callable[[tuple[object, ...]], object]) -> None:
         super().__init__(file, encoding="latin1")
         self._storage = storage
         self._classes: dict[tuple[str, str], type[Made]] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in _DATA:
             return _DATA[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -242,31 +260,35 @@ class _Reader(pickle.Unpickler):
             self._classes[module, name] = known
         return known
 
-    def persistent_load(self, saved: Any) -> Any:
+    def persistent_load(self, saved: tuple[object, ...]) -> object:
         return self._storage(saved)
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+def _tensor(
+    storage: object, offset: int, size: Iterable[int], stride: Iterable[int], *_: object
+) -> torch.Tensor:
     if not isinstance(storage, torch.Tensor):
         raise UnreadableFile("a tensor without numbers")
     return torch.as_strided(storage, tuple(size), tuple(stride), offset)
 
 
-def _parameter(data: Any, requires_grad: bool = True, *_: Any) -> torch.nn.Parameter:
+def _parameter(data: torch.Tensor, requires_grad: bool = True, *_: object) -> torch.nn.Parameter:
     return torch.nn.Parameter(data, requires_grad=requires_grad and data.is_floating_point())
 
 
 class _Dtype:
     """A kind of number of NumPy's; a pickle gives it its byte order as a state."""
 
-    def __init__(self, code: str, *_: Any) -> None:
+    def __init__(self, code: str, *_: object) -> None:
         self.value = np.dtype(code)
 
-    def __setstate__(self, state: Any) -> None:
-        if state[1] in ("<", ">"):
-            self.value = self.value.newbyteorder(state[1])
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        if state[1] == "<":
+            self.value = self.value.newbyteorder("<")
+        elif state[1] == ">":
+            self.value = self.value.newbyteorder(">")
 
-    def read(self, raw: Any) -> np.ndarray[Any, Any]:
+    def read(self, raw: object) -> np.ndarray:
         if self.value.hasobject or not isinstance(raw, bytes):
             raise UnreadableFile("an array of objects")
         return np.frombuffer(raw, self.value)
@@ -275,26 +297,27 @@ class _Dtype:
 class Array:
     """An array of NumPy's in `value`."""
 
-    def __init__(self, *_: Any) -> None:
-        self.value: np.ndarray[Any, Any] = np.zeros(0)
+    def __init__(self, *_: object) -> None:
+        self.value: np.ndarray = np.zeros(0)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[object, tuple[int, ...], _Dtype, bool, object]) -> None:
         _, shape, dtype, fortran, raw = state
         flat = dtype.read(raw)
         self.value = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
 
-def _scalar(dtype: _Dtype, raw: Any = b"") -> Any:
-    return dtype.read(raw)[0].item()
+def _scalar(dtype: _Dtype, raw: object = b"") -> object:
+    found: object = dtype.read(raw)[0].item()
+    return found
 
 
-def _encoded(text: str, *_: Any) -> bytes:
+def _encoded(text: str, *_: object) -> bytes:
     return text.encode("latin1")
 
 
 # The only calls that are made, each of a function of this file, of torch's or of Python's own
 # containers. Keys are the names by which pickles know them.
-_DATA: dict[tuple[str, str], Any] = {
+_DATA: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import numpy as np
 import torch
 
 from mace_lora.errors import FoundationModelError
-from mace_lora.model.description import atomic_numbers, check_head, heads, restore_constants
+from mace_lora.model.description import (
+    Description,
+    atomic_numbers,
+    check_head,
+    heads,
+    restore_constants,
+)
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.precision import default_dtype
 
@@ -29,7 +34,7 @@ def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
         check_head(model, args.foundation_head, "--foundation_head")
 
 
-def architecture(model: torch.nn.Module) -> dict[str, Any]:
+def architecture(model: torch.nn.Module) -> dict[str, str]:
     """What a person wants to know of the architecture; empty where mace-torch doesn't tell it."""
     config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
     found = {}
@@ -42,7 +47,7 @@ def architecture(model: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-def specialise(foundation: torch.nn.Module, description: dict[str, Any]) -> torch.nn.Module:
+def specialise(foundation: torch.nn.Module, description: Description) -> torch.nn.Module:
     """The model that a fine-tuning run starts from: `foundation` with the run's elements and E0s.
 
     Args:

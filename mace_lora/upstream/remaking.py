@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from mace import modules
@@ -92,7 +93,7 @@ def _precision(tree: Made) -> torch.dtype:
     return found.pop()
 
 
-def _build(kind: str, settings: dict[str, Any], reduced: bool) -> torch.nn.Module:
+def _build(kind: str, settings: Mapping[str, object], reduced: bool) -> torch.nn.Module:
     cls = getattr(modules.extensions if kind in ("MACELES", "PolarMACE") else modules, kind)
     known = inspect.signature(cls).parameters
     settings = {**settings, "use_reduced_cg": reduced}
@@ -185,7 +186,7 @@ def _unfilled(model: torch.nn.Module, tree: Made) -> list[str]:
 
 def _code(made: Made) -> dict[str, bytes]:
     """TorchScript archives of e3nn's generated code, by name."""
-    found = made.state.get("__codegen__") or {}
+    found = made.held("__codegen__")
     return {name: code for name, code in found.items() if isinstance(code, bytes)}
 
 

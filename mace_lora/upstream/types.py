@@ -54,7 +54,10 @@ class Batch(Protocol):
     positions: torch.Tensor
     energy: torch.Tensor
     forces: torch.Tensor
+    weight: torch.Tensor
     num_graphs: int
+
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
     def to(self, device: torch.device | str) -> Batch: ...
 
@@ -137,10 +140,19 @@ class ElementTable(Protocol):
     zs: Sequence[int]
 
 
-class HeadSettings(Protocol):
-    """mace-torch's settings of one head, as far as they are used here."""
+class HeadConfig(Protocol):
+    """What mace-torch is told of one head's data."""
 
     head_name: str
+    train_file: str | list[str]
+    test_dir: str | None
+    statistics_file: str | None
+    mean: float | None
+    std: float | None
+    avg_num_neighbors: float
+    compute_avg_num_neighbors: bool
+    atomic_numbers: str | None
+    E0s: str | None
     z_table: ElementTable  # of the elements in its frames
 
 
