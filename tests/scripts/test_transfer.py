@@ -296,6 +296,7 @@ def test_the_whole_path(tmp_path, data_dir, monkeypatch, capsys):
         model = torch.load(run.folder / "run.model", weights_only=False)
         assert model.atomic_numbers.tolist() == [1, 6, 7, 8]
         found = json.loads((run.folder / "transfer.json").read_text())
+        assert found["asked"]["molecules"] == "ethanol"
         start = foundation.load_foundation(run.start, dtype=torch.float64)
         energies = [m.atomic_energies_fn.atomic_energies for m in (model, start)]
         assert torch.allclose(*energies)

@@ -32,7 +32,7 @@ def errors(run: TransferRun, result: Found, others: str, numbers: Numbers) -> Fo
         others: as in `plan.questions`.
         numbers: how many frames.
     """
-    asked = {"others": others, **asdict(numbers)}
+    asked = {"molecules": others, "frames": asdict(numbers)}
     path = run.folder / ERRORS
     if found := _kept(path, asked):
         return found

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ase import Atoms, units
-from ase.data import covalent_radii
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
 
 from mace_lora import MaceLoraCalculator
+from reproduction.transfer.frames import relative_distances
 
 BONDED = 1.25  # sums of covalent radii: closer pairs of the first frame are bonds
 LONGEST = 1.8  # sums of covalent radii: a bond that is longer is broken
@@ -42,22 +42,14 @@ class Health:
     """Tells whether a molecule is still the one that it was at the start."""
 
     def __init__(self, atoms: Atoms, kelvin: float) -> None:
-        radii = covalent_radii[atoms.numbers]
-        self.sums = radii[:, None] + radii[None, :]
-        self.bonds = self._relative(atoms) < BONDED
+        self.bonds = relative_distances(atoms) < BONDED
         self.hottest = HOTTEST * kelvin
-
-    def _relative(self, atoms: Atoms) -> np.ndarray:
-        """Distances in sums of covalent radii, (n_atoms, n_atoms); an atom is far from itself."""
-        distances = atoms.get_all_distances() / self.sums
-        np.fill_diagonal(distances, np.inf)
-        return distances
 
     def trouble(self, atoms: Atoms) -> str:
         """What is wrong, or ""."""
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.get_momenta()).all()):
             return "not a number"
-        distances = self._relative(atoms)
+        distances = relative_distances(atoms)
         if (distances[self.bonds] > LONGEST).any():
             return "a bond broke"
         if (distances < SHORTEST).any():

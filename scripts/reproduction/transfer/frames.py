@@ -9,8 +9,10 @@ import ase.build
 import numpy as np
 from ase import Atoms
 from ase.collections import g2
+from ase.data import covalent_radii
 
 RATTLES = {"mild": 0.06, "strong": 0.2}  # standard deviation of each coordinate, A
+COLLISION = 0.6  # sums of covalent radii
 DISTANCES = np.round(np.arange(3.0, 0.45, -0.1), 1)  # of dimers, A: from far to near
 SCALES = (1.0, 0.92, 0.85, 0.78, 0.7)  # of all distances in a compressed frame
 
@@ -38,7 +40,8 @@ class Questions:
 
 def molecules(numbers: Iterable[int], rattle: float, seed: int = 1) -> list[Atoms]:
     """The G2 molecules of these elements with more than two atoms, displaced at random by `rattle`
-    (A). The displacements of a molecule do not depend on which other elements are known.
+    (A). The displacements of a molecule do not depend on which other elements are known; those
+    that make atoms collide are left out, for walls are another question and would drown this one.
     """
     known = set(numbers)
     found = []
@@ -47,8 +50,18 @@ def molecules(numbers: Iterable[int], rattle: float, seed: int = 1) -> list[Atom
         if len(atoms) > 2 and set(atoms.numbers) <= known:
             rng = np.random.default_rng((seed, i))
             positions = atoms.positions + rattle * rng.normal(size=atoms.positions.shape)
-            found.append(Atoms(atoms.numbers, positions))
+            displaced = Atoms(atoms.numbers, positions)
+            if relative_distances(displaced).min() > COLLISION:
+                found.append(displaced)
     return found
+
+
+def relative_distances(atoms: Atoms) -> np.ndarray:
+    """In sums of covalent radii, (n_atoms, n_atoms); an atom is infinitely far from itself."""
+    radii = covalent_radii[atoms.numbers]
+    distances = atoms.get_all_distances() / (radii[:, None] + radii[None, :])
+    np.fill_diagonal(distances, np.inf)
+    return distances
 
 
 def dimers(numbers: Iterable[int]) -> list[Scan]:
