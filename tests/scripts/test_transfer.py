@@ -240,7 +240,7 @@ def test_seeds_are_averaged_before_a_rate_is_chosen():
 def test_every_method_is_planned_at_every_rate_from_the_same_start():
     options = command.parse(["--train", "ethanol", "--steps", "95", "--energy_weight=3"])
     settings = {(r.method.name, r.rate): r.settings for r in options.runs}
-    assert len(settings) == 5 * 3
+    assert len(settings) == 6 * 3
     for (_, rate), found in settings.items():
         assert found["lr"] == rate
         assert found["max_num_epochs"] == 10

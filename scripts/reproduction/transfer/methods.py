@@ -51,6 +51,9 @@ CANDIDATES = {
                 {"adapter": "lora", **preset("lora", "balanced"), **OURS},
             )
         ),
+        Candidate(
+            Method("full_fast", "full fine-tuning, --adapter=full", {"adapter": "full", **FULL})
+        ),
     )
 }
 
