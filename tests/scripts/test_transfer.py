@@ -208,6 +208,7 @@ def test_rates_are_chosen_by_validation_and_ratios_are_to_the_best_baseline():
         result("full", 0.001, valid=9.0, value=1.0),  # lucky on the test frames
         result("full", 0.005, valid=5.0, value=20.0),
         result("full_other", 0.005, valid=5.0, value=10.0),
+        result("full_diverged", 0.005, valid=float("nan"), value=float("nan")),
         result("lora", 0.005, valid=4.0, value=5.0),
         result("lora", 0.01, valid=float("nan"), value=1.0),
         result("full", 0.001, valid=3.0, value=40.0, system="ethanol"),

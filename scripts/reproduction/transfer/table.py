@@ -109,7 +109,8 @@ def _best_baselines(group: list[Found]) -> dict[str, dict[str, float]]:
         for variant in variants:
             mine = [r for r in baselines if r["variant"] == variant]
             for system, value in _values(mine, column).items():
-                lowest[system] = min(value, lowest.get(system, math.inf))
+                if math.isfinite(value):  # of a baseline that diverged it isn't
+                    lowest[system] = min(value, lowest.get(system, math.inf))
         best[column] = lowest
     return best
 
