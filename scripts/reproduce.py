@@ -34,7 +34,6 @@ from mace_lora.errors import ConfigError, MaceLoraError
 
 # The molecules of the study: what its budget allows
 STUDY = (("rmd17", ["aspirin", "ethanol"]), ("acac", []), ("3bpa", []))
-NOT_IN_NAMES = ("device", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,9 @@ def _run(
         settings = protocol.fit_budget(settings, n_train, args.steps) | given_wins
     seed = int(settings.pop("seed", 123)) if seed is None else seed
     settings.pop("seed", None)
-    given = [f"{k}={v}" for k, v in extra.items() if k in settings and k not in NOT_IN_NAMES]
+    given = [
+        f"{k}={v}" for k, v in extra.items() if k in settings and k not in protocol.NOT_IN_NAMES
+    ]
     name = "-".join([method.name, *given, f"n{n_train}", f"seed{seed}"]).replace("/", "_")
     folder = args.out / "runs" / system.dataset / system.name / name
     data = args.out / "data" / system.dataset / system.name

@@ -17,6 +17,7 @@ from mace_lora.upstream import library
 from reproduction.datasets import System
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NOT_IN_NAMES = ("device", "num_workers")  # flags that don't make another run
 # MAE or RMSE, as the papers give them
 MEASURE = {"rmd17": "mae", "3bpa": "rmse", "acac": "rmse"}
 # Options of a method that the published runs give beyond its own defaults

@@ -259,6 +259,7 @@ def test_every_method_is_planned_at_every_rate_from_the_same_start():
         (["--methods=ful"], "Did you mean 'full'"),
         (["--others=aspirine"], "Did you mean 'aspirin'"),
         (["--lr", "0.1"], "'--lr' is not understood"),
+        (["--lr=0.1"], "--lr is said by --rates here"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message):

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mace_lora.errors import ConfigError
 from reproduction import protocol, runs
 from reproduction.datasets import RMD17, System
 from reproduction.transfer import assess, methods, plan, table
 from reproduction.transfer.dynamics import Lengths
 
+OURS = {"lr": "--rates", "seed": "--seeds", "max_num_epochs": "--steps"}
 Prepare = Callable[[System, "Path | None", Path], Path]
 
 
@@ -72,6 +74,10 @@ def parse(argv: list[str]) -> Options:
     add("--out", type=Path, default=Path("results/transfer"))
     add("--dry_run", action="store_true", help="show what would be run")
     args, rest = parser.parse_known_args(argv)
+    extra = protocol.flags(rest)
+    for flag, ours in OURS.items():
+        if flag in extra:
+            raise ConfigError(f"--{flag} is said by {ours} here, which takes several values")
     systems = [plan.TRAINING_SETS[name] for name in args.train]
     plan.needed(systems, args.others)  # a wrong name is told before anything is run
     folder = args.out / plan.called(args.foundation_model)
@@ -83,7 +89,7 @@ def parse(argv: list[str]) -> Options:
             for run in plan.make(
                 methods.select(args.methods),
                 *(systems, args.rates, steps, seed, args.train_frames),
-                *(args.foundation_model, protocol.flags(rest), folder),
+                *(args.foundation_model, extra, folder),
             )
         ],
         systems=systems,

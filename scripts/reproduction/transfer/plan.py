@@ -89,7 +89,8 @@ def make(
                 settings = protocol.fit_budget(settings, n_train, steps)
                 settings["lr"] = rate
                 settings.pop("seed", None)
-                given = [f"{k}={v}" for k, v in extra.items() if k in settings]
+                named = {k: v for k, v in extra.items() if k not in protocol.NOT_IN_NAMES}
+                given = [f"{k}={v}" for k, v in named.items() if k in settings]
                 name = [method.name, f"lr{rate:g}", *given, f"s{steps}", f"seed{seed}"]
                 folder = out / "runs" / system.dataset / system.name / "-".join(name)
                 settings["foundation_model"] = os.path.relpath(start, folder)
