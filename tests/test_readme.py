@@ -62,7 +62,7 @@ ELSEWHERE = {
 # Inline words that name a command and don't give one.
 NAMES = {
     *("mace_lora train", "python -m mace_lora train", "mace_run_train --distributed"),
-    *("mace_lora info", "mace_lora completion", "mace_run_train --help"),
+    *("mace_lora info", "mace_lora extract", "mace_lora completion", "mace_run_train --help"),
     *("scripts/reproduce.sh rmd17", "scripts/reproduce.sh --help"),
 }
 PROGRAMS = r"(?:mace_run_train|mace_create|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"
@@ -141,6 +141,9 @@ def understood(words: list[str], only_parse, monkeypatch) -> None:
         monkeypatch.syspath_prepend(ROOT / "scripts")
         import reproduce
 
+        if rest[:1] == ["transfer"]:
+            reproduce.transfer.parse(rest[1:])
+            return
         _, others = reproduce.parse(rest)
         flags = [f"--{name}={value}" for name, value in others.items()]
         cli.build_parser().parse_args(["--name=any", *flags])
