@@ -24,6 +24,7 @@ from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.record import Run, Started
 from mace_lora.upstream import cueq, predicting
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.loading import loading_named
 from mace_lora.upstream.types import ElementTable, HeadConfig, Loader
 
 # Frames on which the energy offset at the start is measured
@@ -44,7 +45,8 @@ def remember_foundation(run: Run, load: Callable[..., object]) -> Callable[..., 
                 f"No replay with {args.foundation_model}: with an adapter it is yours to ask for, "
                 "by --multiheads_finetuning=True"
             )
-        loaded = load(*positional, **keywords)
+        with loading_named(str(args.foundation_model)):
+            loaded = load(*positional, **keywords)
         models: list[torch.nn.Module] = getattr(loaded, "models", [loaded])  # of a calculator
         run.foundation = models[0]
         return loaded

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import cast
@@ -89,12 +90,24 @@ def load(
 
 def _load_named(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """A model that mace-torch downloads, or finds in its cache."""
-    try:
+    with loading_named(name):
         return _from_upstream(name, device, dtype)
+
+
+@contextmanager
+def loading_named(name: str) -> Iterator[None]:
+    """While mace-torch loads a model that it knows by name.
+
+    Raises:
+        FoundationModelError: mace-torch can't.
+    """
+    try:
+        yield
     except Exception as error:  # of a dozen kinds, from the network to unpickling
+        reason = error.__cause__ or error
         raise FoundationModelError(
             f"--foundation_model={name}: mace-torch can't load it: "
-            f"{type(error).__name__}: {error}. Without a network, download its file "
+            f"{type(reason).__name__}: {reason}. Without a network, download its file "
             "elsewhere and give the path"
         ) from error
 

@@ -109,6 +109,20 @@ def test_replay_data_that_can_not_be_downloaded(foundation, tmp_path, small_data
     assert "--pt_train_file=my.xyz: there is no such file" in missing
 
 
+@pytest.mark.parametrize("name", ["small", "medium_off"])
+def test_a_named_model_that_can_not_be_downloaded(name, tmp_path, small_data, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlretrieve", no_network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    files = [f"--{part}_file={small_data[part]}" for part in ("train", "valid")]
+    error = here(tmp_path, "--name=run", "--lora=True", f"--foundation_model={name}", *files)
+    assert f"--foundation_model={name}: mace-torch can't load it" in error
+    assert "Name or service not known" in error
+    assert "give the path" in error
+
+
 def test_the_last_epoch_is_validated(foundation, tmp_path, small_data):
     """With --eval_interval=5 and 3 epochs mace-torch gives the weights of the first one."""
     given = [f"--foundation_model={foundation}", "--lora=True", "--batch_size=5", "--lr=0.01"]
