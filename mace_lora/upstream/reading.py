@@ -138,6 +138,8 @@ def archive(content: bytes) -> object:
 def _read(file: IO[bytes]) -> object:
     try:
         start = file.read(4)
+        if not start:
+            raise UnreadableFile("it is empty")
         file.seek(0)
         if start != b"PK\x03\x04":  # an old file may hold archives: look at its beginning
             return _of_legacy(file)
@@ -147,6 +149,8 @@ def _read(file: IO[bytes]) -> object:
             return _of_zip(stored)
     except (MemoryError, FoundationModelError):
         raise
+    except zipfile.BadZipFile as error:
+        raise UnreadableFile("its end is missing or broken: was it copied in full?") from error
     except Exception as error:  # a broken or malicious pickle can raise anything
         raise UnreadableFile(f"{type(error).__name__}: {error}") from error
 
@@ -187,7 +191,11 @@ def _of_legacy(file: IO[bytes]) -> object:
     def load() -> object:
         return _Reader(file, storage).load()
 
-    if load() != _LEGACY_MAGIC:
+    try:
+        magic = load()
+    except Exception as error:  # of a text, whatever its letters mean to a pickle
+        raise UnreadableFile("no file of torch.save") from error
+    if magic != _LEGACY_MAGIC:
         raise UnreadableFile("no file of torch.save")
     load(), load()  # protocol, and facts of the machine
     content, keys = load(), load()

@@ -68,7 +68,7 @@ def test_no_foundation_model(small_data):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("text", "can't be read as a model"),
+        ("text", "can't be read as a model (no file of torch.save)"),
         ("state dict", "a checkpoint or a state dict"),
         ("linear", "not a MACE model: a Linear"),
         ("compiled", "give the .model file"),
