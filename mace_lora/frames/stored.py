@@ -161,7 +161,8 @@ class Statistics:
 
     Attributes:
         atomic_numbers: the elements.
-        energies: E0s by atomic number, eV.
+        energies: E0s by atomic number, eV; those are missing that the frames didn't tell, where
+            some lack an energy.
         mean, std: of the energy per atom beside the E0s, eV.
         avg_num_neighbors: of an atom.
     """
@@ -185,7 +186,11 @@ class Statistics:
                 energies = str(json.loads(Path(energies).read_text(encoding="utf-8")))
             return cls(
                 [int(z) for z in ast.literal_eval(str(content["atomic_numbers"]))],
-                {int(z): float(e) for z, e in ast.literal_eval(_plain(energies)).items()},
+                {
+                    int(z): float(e)
+                    for z, e in ast.literal_eval(_plain(energies)).items()
+                    if e is not None
+                },
                 *(content[name] for name in ("mean", "std", "avg_num_neighbors")),
             )
         except (OSError, KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
@@ -196,8 +201,11 @@ class Statistics:
 
 
 def _plain(numbers: str) -> str:
-    """Numbers as numpy 2 prints them, np.int64(6) and np.float64(-1.5), without numpy's names."""
-    return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", numbers)
+    """Numbers as numpy 2 prints them, np.int64(6) and np.float64(-1.5), without numpy's names.
+
+    None stands for those that are not finite, which Python can't write.
+    """
+    return re.sub(r"-?\b(nan|inf)\b", "None", re.sub(r"np\.\w+\(([^()]*)\)", r"\1", numbers))
 
 
 def frame_of_lmdb(atoms: ase.Atoms, **keywords: object) -> Configuration:

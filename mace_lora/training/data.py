@@ -32,6 +32,7 @@ T = TypeVar("T")
 # A data set that is read frame by frame, or all frames of a file that ASE reads
 Loaded: TypeAlias = StoredData | list[Graph]
 _FOUNDATION = "the foundation model"
+_REPLAY = "pt_head"  # mace-torch's name of the head that replays
 
 
 class Data:
@@ -121,7 +122,7 @@ class Data:
         reads one by one.
         """
         config: HeadConfig = upstream.original("head_config")(head, head_name, args)
-        if config.statistics_file is not None and head_name != "pt_head":
+        if config.statistics_file is not None and head_name != _REPLAY:
             found = stored.Statistics.read(config.statistics_file)
             config.mean, config.std = found.mean, found.std
             config.avg_num_neighbors, config.compute_avg_num_neighbors = (
@@ -130,6 +131,13 @@ class Data:
             )
             config.atomic_numbers = str(found.atomic_numbers)
             if config.E0s is None:
+                lacking = sorted(set(found.atomic_numbers) - found.energies.keys())
+                if lacking:
+                    raise ConfigError(
+                        f"--statistics_file={config.statistics_file} has no E0 of "
+                        f"{symbols(lacking)}: mace_prepare_data fits none where frames lack an "
+                        "energy; give --E0s=estimated"
+                    )
                 config.E0s = str(found.energies)
             logging.info(f"Elements from {config.statistics_file}, E0s={config.E0s}")
             config.statistics_file = None
@@ -188,11 +196,23 @@ class Data:
         if extract_atomic_energies:
             frames.set_isolated_aside(keep=keep_isolated_atoms)
             self.has_isolated_atoms |= bool(frames.energies)
+        for frame in frames.configurations:
+            frame.weight *= self._replay_weight(file_path, head_name)
         self._files.append(file_path)
         lacking = checks.check(frames, rules)
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)
         return frames.energies, frames.configurations
+
+    def _replay_weight(self, path: str, head: str) -> float:
+        """`--weight_pt_head` for files that the user gives for replay, 1 for all others.
+
+        mace-torch writes it into the replay data that it downloads, and forgets it for others.
+        """
+        args = self.args
+        given = (args.pt_train_file, args.pt_valid_file)
+        is_given = args.multiheads_finetuning and head == _REPLAY and path in given
+        return float(args.weight_pt_head) if is_given else 1.0
 
     def _remember(self, lacking: dict[str, str], rules: Rules) -> None:
         self._lacking |= lacking
@@ -218,6 +238,11 @@ class Data:
         numbers = {int(z) for z in z_table.zs}
         refuse_unknown(numbers, self.known_elements() or numbers)
 
+        if self._replay_weight(str(file_path), head_config.head_name) != 1:
+            raise ConfigError(
+                f"--weight_pt_head={self.args.weight_pt_head}: frames in HDF5 and LMDB keep the "
+                "weights that they were written with; give replay frames in extended xyz"
+            )
         for test in set(stored.test_files(head_config.test_dir)) - self._looked_through:
             self._looked_through.add(test)
             settings = {"r_max": r_max, "z_table": z_table, "head": head_config.head_name}

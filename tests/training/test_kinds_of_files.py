@@ -195,8 +195,12 @@ def test_test_files_of_the_preparation_are_found(hdf5):
     assert stored.test_files(None) == []
 
 
-def settings_of_head(hdf5: Path, tmp_path: Path, E0s: str | None, base=None) -> object:
-    text = "{np.int64(1): np.float64(-1.0), np.int64(6): -2.0, np.int64(8): np.float64(-3.0)}"
+def settings_of_head(
+    hdf5: Path, tmp_path: Path, E0s: str | None, base=None, oxygen: float = -3.0
+) -> object:
+    text = (
+        f"{{np.int64(1): np.float64(-1.0), np.int64(6): -2.0, np.int64(8): np.float64({oxygen})}}"
+    )
     numbers = '"mean": 0.0, "std": 1.0, "avg_num_neighbors": 8.0, "atomic_numbers": "[1, 6, 8]"'
     (tmp_path / "statistics.json").write_text(f'{{"atomic_energies": "{text}", {numbers}}}')
     files = {"train_file": str(hdf5), "valid_file": str(hdf5), "E0s": E0s}
@@ -214,6 +218,15 @@ def test_statistics_with_numbers_of_numpy(hdf5, tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"--statistics_file=.*other.json can't be used"):
         stored.Statistics.read(str(tmp_path / "other.json"))
+
+
+def test_statistics_of_frames_without_energies(hdf5, tmp_path):
+    """mace_prepare_data writes nan for E0s where a frame lacks its energy."""
+    nothing = float("nan")
+    given = settings_of_head(hdf5, tmp_path, "foundation", oxygen=nothing)
+    assert (given.E0s, given.atomic_numbers) == ("foundation", "[1, 6, 8]")
+    with pytest.raises(ConfigError, match=r"no E0 of O \(8\).* give --E0s=estimated"):
+        settings_of_head(hdf5, tmp_path, None, oxygen=nothing)
 
 
 @pytest.mark.parametrize("E0s", ["foundation", "{1: -1.5, 6: -2.5, 8: -3.5}"])

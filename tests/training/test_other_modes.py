@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -114,6 +115,23 @@ def test_multihead_replay_says_which_learning_rate_it_takes(tmp_path, flags, sma
     assert "--loss=universal (was weighted)" in caplog.text
     groups = torch.load(tmp_path / LATEST, weights_only=True)["optimizer"]["param_groups"]
     assert {group["lr"] for group in groups} == {1e-4}
+
+
+def test_the_weight_of_replay_counts(tmp_path, flags, small_data, caplog):
+    """mace-torch forgets --weight_pt_head where it is given the frames."""
+    caplog.set_level("INFO")
+    more = ["--multiheads_finetuning=True", f"--pt_train_file={small_data['train']}"]
+    more += [f"--pt_valid_file={small_data['valid']}", "--max_num_epochs=1"]
+    found = []
+    for weight in (1.0, 0.25):
+        caplog.clear()
+        assert here(tmp_path / str(weight), *flags, *more, f"--weight_pt_head={weight}") == ""
+        initial = re.findall(r"Initial: head: (\w+), loss=\s*([\d.]+)", caplog.text)
+        found.append({head: float(loss) for head, loss in initial})
+    full, quarter = found
+    assert full["pt_head"] > 0.01
+    assert quarter["pt_head"] == pytest.approx(0.25 * full["pt_head"], rel=1e-5)
+    assert quarter["Default"] == full["Default"]
 
 
 def test_replay_does_not_start_by_itself(tmp_path, flags, foundation, monkeypatch, caplog):
