@@ -57,6 +57,10 @@ ELSEWHERE = {
     "scripts/reproduce.sh": ("tests/scripts/test_reproduction.py", '"reproduce.py"), "rmd17"'),
     "python scripts/study.py": ("tests/scripts/test_scripts.py", "def test_study"),
     "FUZZ_EXAMPLES=3000 pytest": ("tests/test_fuzz.py", "FUZZ_EXAMPLES"),
+    "python scripts/fetch_data.py spice2022": (
+        "tests/scripts/test_transfer.py",
+        "prepare_spice2022",
+    ),
     "mace_lora extract --base mini": ("tests/commands/test_tools.py", '"extract", *flags'),
 }
 # Inline words that name a command and don't give one.
