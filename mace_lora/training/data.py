@@ -210,9 +210,10 @@ class Data:
         mace-torch writes it into the replay data that it downloads, and forgets it for others.
         """
         args = self.args
+        if head != _REPLAY or not args.multiheads_finetuning:
+            return 1.0
         given = (args.pt_train_file, args.pt_valid_file)
-        is_given = args.multiheads_finetuning and head == _REPLAY and path in given
-        return float(args.weight_pt_head) if is_given else 1.0
+        return float(args.weight_pt_head) if path in given else 1.0
 
     def _remember(self, lacking: dict[str, str], rules: Rules) -> None:
         self._lacking |= lacking

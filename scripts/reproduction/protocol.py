@@ -98,7 +98,8 @@ def methods(study: bool = False) -> dict[str, Method]:
         ),
     ]
     found += STUDY if study else []
-    found += [Method(name, name, {"adapter": name}) for name in METHODS]
+    # `full` is the baseline, by mace-torch's own steps
+    found += [Method(name, name, {"adapter": name}) for name in METHODS if name != "full"]
     return {method.name: method for method in found}
 
 
