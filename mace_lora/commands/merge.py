@@ -50,12 +50,18 @@ def run(options: argparse.Namespace) -> Data:
     if not math.isfinite(options.alpha):
         raise ConfigError(f"--alpha={options.alpha}: a finite number is needed")
     common.check_folder(options.output, "output")
+    import torch
+
     from mace_lora.api.files import load_adapter
+    from mace_lora.model import artefact
     from mace_lora.model.injection import adapters
     from mace_lora.model.merging import changes, merge
     from mace_lora.upstream import gated
 
-    model = load_adapter(common.load(options.base, "base", trust=options.trust), options.adapter)
+    # in the adapter's precision from the start: constants that are cast keep that of the file
+    dtype = getattr(torch, artefact.read(options.adapter).model["dtype"])
+    base = common.load(options.base, "base", dtype, options.trust)
+    model = load_adapter(base, options.adapter)
     updates = list(changes(model))
     gates = [name for name, adapter in adapters(model) if not adapter.mergeable]
     adapted = deepcopy(model)

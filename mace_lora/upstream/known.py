@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import sys
@@ -63,7 +64,8 @@ def foundation_models() -> list[str]:
     return sorted({*_in_tables(), *_OTHER_MODELS})
 
 
-def _in_tables() -> list[str]:
+@functools.cache
+def _in_tables() -> tuple[str, ...]:
     """The keys of mace-torch's tables of models, as they stand in its source."""
     found: list[str] = []
     source = _folder() / "calculators" / "foundations_models.py"
@@ -73,7 +75,7 @@ def _in_tables() -> list[str]:
             if names & set(_TABLES):
                 keys = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
                 found += [key for key in keys if isinstance(key, str)]
-    return found
+    return tuple(found)
 
 
 class ExistingModel(ExistingFile):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,13 +58,13 @@ def reads_with_ase(path: str) -> bool:
     return bool(names.original("reads_with_ase")(path))
 
 
-def architecture(model: torch.nn.Module) -> dict[str, object]:
+def architecture(model: torch.nn.Module) -> dict[str, Any]:
     """The arguments that a model of mace-torch's was made with; "error" for a class unknown to it.
 
     Its E0s, scale and shift may be trained: no gradients are asked for.
     """
     with torch.no_grad():
-        found: dict[str, object] = names.original("architecture")(model)
+        found: dict[str, Any] = names.original("architecture")(model)
     return found
 
 

@@ -115,7 +115,7 @@ def loading_named(name: str) -> Iterator[None]:
 def _from_upstream(name: str, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
     keywords = {"device": str(device), "default_dtype": str(dtype).removeprefix("torch.")}
     model: torch.nn.Module
-    if name in upstream.module("mace.cli.run_train").polar_model_names:
+    if name in upstream.original("polar_names"):
         model = upstream.original("mace_polar")(model=name, return_raw_model=True, **keywords)
     elif name == "mace_omol":
         model = upstream.original("mace_omol")(**keywords).models[0]
@@ -160,10 +160,9 @@ def _rebuilt(path: Path) -> torch.nn.Module:
 def _original(path: Path, digest: str) -> torch.nn.Module:
     del digest  # tells another file of the same name
     content = reading.read(path)
-    _check_is_model(content, lambda part: getattr(content, "get", lambda _: None)(part) is not None)
-    if not isinstance(content, reading.Made):
-        raise FoundationModelError(f"no MACE model: a {type(content).__name__}")
-    return remaking.model_of(content)
+    tree = content if isinstance(content, reading.Made) else reading.Made()  # which has no part
+    _check_is_model(content, lambda part: tree.get(part) is not None)
+    return remaking.model_of(tree)
 
 
 def _run(path: Path) -> torch.nn.Module:

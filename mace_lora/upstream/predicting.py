@@ -12,6 +12,7 @@ import torch
 from mace_lora.errors import MergeMismatch
 from mace_lora.model.description import atomic_numbers
 from mace_lora.model.description import heads as heads_of
+from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration, Graphs
 from mace_lora.upstream.inputs import inputs_of
@@ -107,8 +108,7 @@ def batch_of(dataset: Dataset, n_frames: int, label: str | None = None) -> list[
     items = (dataset[i] for i in range(min(100 * n_frames, len(dataset))))
     chosen = itertools.islice((i for i in items if label is None or has(i, label)), n_frames)
     frames = list(chosen)
-    batches = upstream.module("mace.tools.torch_geometric").Batch
-    return [batches.from_data_list(frames)] if frames else []
+    return [library.batch(frames)] if frames else []
 
 
 def has(graph: Graph, label: str) -> bool:
@@ -161,16 +161,13 @@ def frames_to_data(
     frames: Iterable[ase.Atoms], model: torch.nn.Module, head: str | None = None
 ) -> list[Graph]:
     """ASE frames as a data set of mace-torch; the arguments are those of `frames_to_batch`."""
-    data = upstream.module("mace.data")
-    keys = upstream.module("mace.tools.default_keys").DefaultKeys.keydict()
-    specification = data.update_keyspec_from_kwargs(data.KeySpecification(), keys)
+    specification = upstream.original("update_keys")(
+        upstream.original("keys")(), upstream.original("default_keys")()
+    )
+    read = upstream.original("configuration")
     head = head or heads_of(model)[-1]
     return _graphs(
-        [
-            data.config_from_atoms(atoms, key_specification=specification, head_name=head)
-            for atoms in frames
-        ],
-        model,
+        [read(atoms, key_specification=specification, head_name=head) for atoms in frames], model
     )
 
 
@@ -180,9 +177,8 @@ def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Mod
 
 
 def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Graph]:
-    table = upstream.module("mace.tools").AtomicNumberTable(atomic_numbers(model))
     settings = {
-        "z_table": table,
+        "z_table": library.elements(atomic_numbers(model)),
         "cutoff": float(model.get_buffer("r_max")),
         "heads": heads_of(model),
     }
@@ -192,8 +188,5 @@ def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Gra
 
 
 def _batch(graphs: list[Graph], model: torch.nn.Module) -> Batch:
-    batches = upstream.module("mace.tools.torch_geometric").Batch
     with default_dtype(next(model.parameters()).dtype):
-        batch = batches.from_data_list(graphs)
-    found: Batch = batch.to(next(model.parameters()).device)
-    return found
+        return library.batch(graphs).to(next(model.parameters()).device)

@@ -15,6 +15,7 @@ from mace_lora.model.description import (
     heads,
     restore_constants,
 )
+from mace_lora.upstream import library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.precision import default_dtype
 
@@ -22,8 +23,7 @@ from mace_lora.upstream.precision import default_dtype
 def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
     """Raises FoundationModelError where mace-torch can't start this fine-tuning from `model`."""
     called, kind = f"--foundation_model={args.foundation_model}", type(model).__name__
-    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
-    if "error" in config:
+    if "error" in library.architecture(model):
         raise FoundationModelError(
             f"{called}: a {kind}, from which mace-torch can't start a fine-tuning: it takes "
             "ScaleShiftMACE, MACELES and PolarMACE"
@@ -36,8 +36,8 @@ def check_rebuildable(model: torch.nn.Module, args: argparse.Namespace) -> None:
 
 def architecture(model: torch.nn.Module) -> dict[str, str]:
     """What a person wants to know of the architecture; empty where mace-torch doesn't tell it."""
-    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(model)
-    found = {}
+    config = library.architecture(model)
+    found: dict[str, str] = {}
     for key in ("interaction_cls_first", "interaction_cls"):
         if key in config:
             found[key] = config[key].__name__
@@ -57,14 +57,13 @@ def specialise(foundation: torch.nn.Module, description: Description) -> torch.n
     Raises:
         FoundationModelError: the run has elements that the foundation model lacks.
     """
-    table = upstream.module("mace.tools").AtomicNumberTable
     numbers = [int(z) for z in description["atomic_numbers"]]
     known = set(atomic_numbers(foundation))
     if not set(numbers) <= known:
         raise FoundationModelError(
             f"the adapter is for elements {numbers}; this base model knows {sorted(known)}"
         )
-    config = upstream.module("mace.tools.scripts_utils").extract_config_mace_model(foundation)
+    config = library.architecture(foundation)
     if "error" in config:
         raise FoundationModelError(f"a {type(foundation).__name__} can't be rebuilt: {config}")
     names = list(description["heads"])
@@ -79,10 +78,10 @@ def specialise(foundation: torch.nn.Module, description: Description) -> torch.n
     dtype = getattr(torch, description["dtype"])
     with default_dtype(dtype):
         model = type(foundation)(**config)
-        upstream.module("mace.tools.finetuning_utils").load_foundations_elements(
+        upstream.original("transfer_weights")(
             model,
             foundation,
-            table(numbers),
+            library.elements(numbers),
             load_readout=True,
             max_L=config["hidden_irreps"].lmax,
             default_dtype=dtype,
@@ -102,7 +101,5 @@ def one_head(model: torch.nn.Module, head: str | None = None) -> torch.nn.Module
     check_head(model, head, "head")
     dtype = next(model.parameters()).dtype
     with default_dtype(dtype):
-        one: torch.nn.Module = upstream.module("mace.tools.scripts_utils").remove_pt_head(
-            model, head
-        )
+        one: torch.nn.Module = upstream.original("one_head")(model, head)
         return one

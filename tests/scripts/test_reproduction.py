@@ -263,7 +263,7 @@ def test_baselines_start_at_the_labels_where_all_elements_are_the_foundations(tm
             f"--work_dir={tmp_path}",
             f"--foundation_model={tmp_path}/foundation.model",
         ),
-        *(f"--train_file={Path(__file__).parent / 'data' / 'uracil.xyz'}", "--valid_fraction=0.3"),
+        *(f"--train_file={path}", "--valid_fraction=0.3"),
         *("--E0s=estimated", "--max_num_epochs=1", "--batch_size=2", "--lr=0", "--plot=False"),
     )
     errors = predictions(load_model(tmp_path / "run.model"), frames).errors()
