@@ -29,6 +29,11 @@ class RunOptions:
         "batches per optimiser step: the effect of a batch that many times larger, in the memory "
         "of one",
     )
+    protect: bool = option(
+        False,
+        "keep the start's behaviour where the training frames say nothing: its forces on pairs of "
+        "atoms from contact to 3 A and on distorted training frames, at up to half again the time",
+    )
     checkpoint_seconds: float = option(
         600.0, "seconds between checkpoints within a long epoch; 0: one after each step"
     )

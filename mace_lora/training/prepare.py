@@ -31,6 +31,11 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
     """
     if args.lbfgs and options.accumulate > 1:
         raise ConfigError("--lbfgs takes all batches in one step: leave out --accumulate")
+    if args.lbfgs and options.protect:
+        raise ConfigError(
+            "--lbfgs searches along a line of one loss, which --protect would change on the way: "
+            "leave one of them out"
+        )
     if args.foundation_model is None:
         raise ConfigError(
             "an adapter changes a foundation model: name one with --foundation_model "

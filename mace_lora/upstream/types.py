@@ -44,6 +44,10 @@ class Graph(Protocol):
     stress: torch.Tensor | None
     stress_weight: torch.Tensor
 
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+    def __setitem__(self, name: str, value: torch.Tensor, /) -> None: ...
+
     def to_dict(self) -> Tensors: ...
 
 

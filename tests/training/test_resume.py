@@ -311,7 +311,7 @@ def accumulating(flags):
     def of(method: str) -> list[str]:
         dropout = [] if method in ("mmea", "full") else [f"--{method}_dropout=0.2"]
         own = [f for f in flags if f != "--lora=True"] + [f"--adapter={method}", *dropout]
-        steps = ["--batch_size=1", "--accumulate=4", "--warmup_steps=4"]
+        steps = ["--batch_size=1", "--accumulate=4", "--warmup_steps=4", "--protect=True"]
         return [*own, *steps, "--max_num_epochs=2", "--restart_latest"]
 
     return of
@@ -320,7 +320,9 @@ def accumulating(flags):
 @pytest.mark.parametrize(
     ("method", "lines"), [("lora", 3), ("elora", 15), ("mmea", 14), ("dora", 5), ("full", 9)]
 )
-def test_accumulated_gradients_dropout_and_warm_up(tmp_path, accumulating, method, lines):
+def test_accumulated_gradients_dropout_warm_up_and_protection(
+    tmp_path, accumulating, method, lines
+):
     """Stopped inside an epoch, but never between batches whose gradients belong together."""
     flags = accumulating(method)
     straight, parts = tmp_path / "straight", tmp_path / "parts"

@@ -67,13 +67,13 @@ class Computing:
 
     def take_step(self, model: torch.nn.Module, **keywords: object) -> Stepped:
         """Upstream's step on one batch."""
-        with self._active(model):
+        with self.active(model):
             done: Stepped = upstream.original("take_step")(model=model, **keywords)
             return done
 
     def step_of_lbfgs(self, model: torch.nn.Module, **keywords: object) -> Stepped:
         """Upstream's step of LBFGS, which calls the model with changing weights."""
-        with self._active(model, constant_weights=False):
+        with self.active(model, constant_weights=False):
             done: Stepped = upstream.original("step_of_lbfgs")(model=model, **keywords)
             return done
 
@@ -81,12 +81,12 @@ class Computing:
         self, model: torch.nn.Module, *rest: object, **keywords: object
     ) -> tuple[float, Metrics]:
         """Upstream's evaluation of a data set."""
-        with self._active(model):
+        with self.active(model):
             found: tuple[float, Metrics] = upstream.original("evaluate")(model, *rest, **keywords)
             return found
 
     @contextlib.contextmanager
-    def _active(self, model: torch.nn.Module, *, constant_weights: bool = True) -> Iterator[None]:
+    def active(self, model: torch.nn.Module, *, constant_weights: bool = True) -> Iterator[None]:
         """The backend computes meanwhile, the model's effective weights only once."""
         backend = self.backend(model)
         keep = constant_weights and backend.caches_weights

@@ -29,6 +29,7 @@ from mace_lora.training.epochs import processes
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.divergence import diverged, has_diverged
 from mace_lora.training.epochs.order import FrameOrder
+from mace_lora.training.epochs.protection import Protection
 from mace_lora.training.epochs.signals import EXIT_CODE, StopRequest
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.record import Run
@@ -99,6 +100,9 @@ class Loop:
         self.steps.begin(per_epoch, done)
         total = max(self.given.max_num_epochs * per_epoch, done)
         self.at.backend = self.computing.settle(self.model, self.at.backend)
+        if self.run_options.protect:
+            protection = Protection(self.model, self.train_loader, self.computing, self.args.seed)
+            self.steps.more = protection.gradients
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
             self._log_settings()
             with self.stop.waiting():

@@ -1,10 +1,12 @@
-"""Around each optimiser step: warm-up of the learning rate, gradients of several batches, dropout.
+"""Around each optimiser step: warm-up of the learning rate, gradients of several batches, dropout,
+protection.
 
 mace-torch's `take_step` is called as it is, with some of its arguments in disguise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +21,26 @@ from mace_lora.upstream.types import Number
 
 # mace-torch's `take_step`, or one like it: the loss, and what is logged of the step
 Step = Callable[..., tuple[Number, dict[str, Number]]]
+Gradients = dict[torch.nn.Parameter, torch.Tensor]
 
 
 class Steps:
-    """The steps of one run; the last of an epoch takes what is left of its batches."""
+    """The steps of one run; the last of an epoch takes what is left of its batches.
 
-    def __init__(self, options: RunOptions, steps_per_epoch: int = 1) -> None:
+    Args:
+        options: of the run.
+        steps_per_epoch: batches of an epoch.
+        more: number of an optimiser step -> gradients that join the loss's.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        steps_per_epoch: int = 1,
+        more: Callable[[int], Gradients] | None = None,
+    ) -> None:
         self.options = options
+        self.more = more
         self.steps_per_epoch = max(1, steps_per_epoch)
         self.batches = 0  # in all
         self._drawing: list[torch.nn.Module] | None = None
@@ -48,10 +63,19 @@ class Steps:
         **others: object,
     ) -> tuple[Number, dict[str, Number]]:
         """One batch: `step` is mace-torch's `take_step`, and the others are its arguments."""
+        epoch, place = divmod(self.batches, self.steps_per_epoch)
+        self.batches += 1
+        first = place - place % self.options.accumulate
+        size = min(self.options.accumulate, self.steps_per_epoch - first)
+        last = place - first == size - 1
+        steps_before = epoch * math.ceil(self.steps_per_epoch / self.options.accumulate)
+        number = steps_before + place // self.options.accumulate
+        more = self.more(number) if self.more is not None and last else {}
         with self._warm(optimizer), self._dropout(model):
-            if self.options.accumulate == 1:
-                return step(model=model, optimizer=optimizer, **others)
-            return self._accumulate(partial(step, model=model), optimizer, others)
+            held = _Held(optimizer, place == first, last, more)
+            if size == 1:
+                return step(model=model, optimizer=held, **others)
+            return self._accumulate(partial(step, model=model), held, size, others)
 
     # ------------------------------------------------------------------ warm-up
 
@@ -89,38 +113,40 @@ class Steps:
     # ------------------------------------------------------------------ accumulation
 
     def _accumulate(
-        self, step: Step, optimizer: torch.optim.Optimizer, others: dict[str, object]
+        self, step: Step, held: _Held, size: int, others: dict[str, object]
     ) -> tuple[Number, dict[str, Number]]:
         """Gradients of several batches before the optimiser moves, as of one large batch."""
-        place = self.batches % self.steps_per_epoch
-        self.batches += 1
-        first = place - place % self.options.accumulate
-        size = min(self.options.accumulate, self.steps_per_epoch - first)
-        last = place - first == size - 1
         loss_fn = cast(Callable[..., torch.Tensor], others["loss_fn"])
         others = {**others, "loss_fn": lambda pred, ref: loss_fn(pred=pred, ref=ref) / size}
-        if not last:  # clipping and averages belong to the whole step
+        if not held.last:  # clipping and averages belong to the whole step
             others |= {"max_grad_norm": None, "ema": None}
-        loss, metrics = step(optimizer=_Held(optimizer, place == first, last), **others)
+        loss, metrics = step(optimizer=held, **others)
         return loss * size, {**metrics, "loss": metrics["loss"] * size}
 
 
 @dataclass(frozen=True)
 class _Held:
     """An optimiser that forgets gradients before the first of several batches alone, and moves
-    after the last."""
+    after the last, with further gradients."""
 
     optimiser: torch.optim.Optimizer
     first: bool
     last: bool
+    gradients: Gradients
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self.first:
             self.optimiser.zero_grad(set_to_none)
 
     def step(self) -> None:
-        if self.last:
-            self.optimiser.step()
+        if not self.last:
+            return
+        for parameter, gradient in self.gradients.items():
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        self.optimiser.step()
 
 
 def steps_done(optimiser: torch.optim.Optimizer) -> int:

@@ -64,6 +64,7 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         * processes.count(distributed),
         "--accumulate": options.accumulate,
         "--warmup_steps": options.warmup_steps,
+        "--protect": options.protect or None,  # as in checkpoints that don't know it
     }
     return {
         "method": config.method,

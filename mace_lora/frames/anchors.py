@@ -1,0 +1,56 @@
+"""Unlabelled frames where training says nothing, and where a model must still behave: atoms close
+to each other, and frames of the training set compressed, stretched or shaken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import ase
+import numpy as np
+
+CLOSEST, FARTHEST, STEP = 0.45, 3.0, 0.1  # of pairs, A
+MOST_PAIRS = 4000
+# Of all distances in a compressed or stretched frame, and standard deviation of displacements (A)
+SCALES = (0.7, 1.15)
+RATTLES = (0.03, 0.3)
+
+
+def pairs(numbers: Iterable[int], foreign: Iterable[int] = (), seed: int = 0) -> list[ase.Atoms]:
+    """Two atoms at distances from contact to bonds long broken, of each two elements.
+
+    Args:
+        numbers: atomic numbers in the training frames.
+        foreign: others that the model knows; each is paired with those of the frames.
+        seed: chooses MOST_PAIRS where there would be more.
+    """
+    own = sorted(set(numbers))
+    kinds = [(a, b) for i, a in enumerate(own) for b in own[i:]]
+    kinds += [(a, b) for a in own for b in sorted(set(foreign) - set(own))]
+    grid = np.arange(CLOSEST, FARTHEST, STEP)
+    found = [(a, b, d) for a, b in kinds for d in grid]
+    if len(found) > MOST_PAIRS:
+        chosen = np.random.default_rng(seed).choice(len(found), MOST_PAIRS, replace=False)
+        found = [found[i] for i in sorted(chosen)]
+    return [ase.Atoms([a, b], [[0, 0, 0], [d, 0, 0]]) for a, b, d in found]
+
+
+def distorted(
+    frames: Sequence[ase.Atoms], n: int, seed: int = 0
+) -> tuple[list[ase.Atoms], list[int]]:
+    """Frames with all distances scaled and all atoms displaced, both at random.
+
+    Returns:
+        `n` frames, each with the number of the one that it was made of.
+    """
+    rng = np.random.default_rng(seed)
+    made, sources = [], []
+    for _ in range(n):
+        i = int(rng.integers(len(frames)))
+        atoms, scale = frames[i].copy(), rng.uniform(*SCALES)
+        atoms.set_cell(atoms.cell * scale)
+        atoms.positions *= scale
+        atoms.positions += rng.uniform(*RATTLES) * scale * rng.normal(size=(len(atoms), 3))
+        made.append(atoms)
+        sources.append(i)
+    return made, sources

@@ -1,0 +1,154 @@
+"""`--protect`: the start's behaviour is kept where the training frames say nothing.
+
+The start is its own teacher, since an adapter can be switched off. Anchors (`frames/anchors.py`)
+are labelled once with its forces, and at every few steps the gradient of a penalty on some of them
+joins that of the loss. It is clipped by itself: together with the loss's it would take over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+import ase
+import numpy as np
+import torch
+
+from mace_lora.frames import anchors
+from mace_lora.model.description import atomic_numbers
+from mace_lora.model.injection import adapter_parameters, disable_adapter
+from mace_lora.training.epochs.computing import Computing
+from mace_lora.training.epochs.steps import Gradients
+from mace_lora.upstream import library
+from mace_lora.upstream.inputs import inputs_of
+from mace_lora.upstream.predicting import frames_to_data, predict
+from mace_lora.upstream.types import Dataset, Graph, Loader
+
+SOURCES = 100  # training frames that distorted ones are made of
+DISTORTED = 200
+PAIRS_PER_STEP = 16  # and one distorted frame
+FREE, RELATIVE = 0.3, 0.1  # errors that cost nothing: eV/A, and a part of the start's force
+CLIP = 10.0  # largest norm of the penalty's gradient
+WEIGHT = 0.3  # of it, beside the loss's
+AT_ONCE = 64  # anchors that are labelled in one batch
+
+
+class Protection:
+    """The anchors of one run, and the gradient of the penalty on them.
+
+    Args:
+        model: with its adapters, of the elements and heads of the run; not the copy for several
+            processes.
+        loader: of the training frames.
+        computing: where the run's steps are computed.
+        seed: of the run. The anchors of a step follow from it and from the number of the step, so
+            that a continued run uses the same.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, loader: Loader, computing: Computing, seed: int
+    ) -> None:
+        self._model, self._computing, self._seed = model, computing, seed
+        # of one frame a distorted one costs as much as the step itself
+        self._every = 2 if loader.batch_size > 1 else 4
+        self._graphs = _graphs(model, loader.dataset, seed)
+        self._device = next(model.parameters()).device
+        with disable_adapter(model):
+            self._wanted = [_forces(model, graphs) for graphs in self._graphs]
+        logging.info(
+            "Protected: {} pairs of atoms and {} distorted ".format(*map(len, self._graphs))
+            + f"training frames keep the start's forces up to {FREE} eV/A and {RELATIVE:.0%}"
+        )
+
+    def gradients(self, step: int) -> Gradients:
+        """What joins the loss's gradient at the optimiser step of this number, from 0 on. Several
+        processes compute the same, so that nothing need be shared.
+        """
+        model = self._model
+        if step % self._every:
+            return {}
+        rng = np.random.default_rng((self._seed, step))
+        chosen = [
+            rng.choice(len(graphs), min(n, len(graphs)), replace=False)
+            for graphs, n in zip(self._graphs, (PAIRS_PER_STEP, 1), strict=True)
+        ]
+        graphs = [g[i] for g, numbers in zip(self._graphs, chosen, strict=True) for i in numbers]
+        wanted = [w[i] for w, numbers in zip(self._wanted, chosen, strict=True) for i in numbers]
+        batch = library.batch(graphs).to(self._device).to_dict()
+        with self._computing.active(model):
+            found = model(batch, training=True, compute_force=True)["forces"]
+            parameters = list(adapter_parameters(model).values())
+            penalty = cost(found, torch.cat(wanted))
+            raw = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        return _clipped({p: g for p, g in zip(parameters, raw, strict=True) if g is not None})
+
+
+def cost(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The penalty: the mean over atoms of log(1 + e^2), e the error beyond what is free, divided by
+    that. A change of theory moves forces by tenths of an eV/A and costs nothing; errors count
+    relative to the forces, and however large one is, the others still count beside it.
+
+    Args:
+        found, wanted: forces, eV/A, (n_atoms, 3).
+    """
+    error = ((found - wanted).square().sum(-1) + 1e-12).sqrt()
+    free = FREE + RELATIVE * wanted.norm(dim=-1)
+    return torch.log1p((torch.relu(error - free) / free).square()).mean()
+
+
+def _clipped(
+    gradients: Gradients,
+) -> Gradients:
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm() if gradients else 1.0
+    factor = WEIGHT * min(1.0, CLIP / (float(norm) + 1e-6))
+    return {p: factor * g for p, g in gradients.items()}
+
+
+def _forces(model: torch.nn.Module, graphs: Sequence[Graph]) -> list[torch.Tensor]:
+    """What `model` says of them, eV/A, (n_atoms, 3) each."""
+    parts = [graphs[i : i + AT_ONCE] for i in range(0, len(graphs), AT_ONCE)]
+    forces = predict(model, (library.batch(part) for part in parts))["forces"]
+    return list(torch.split(forces, [len(graph.positions) for graph in graphs]))
+
+
+def _graphs(model: torch.nn.Module, dataset: Dataset, seed: int) -> tuple[list[Graph], list[Graph]]:
+    """Pairs of atoms, and distorted frames."""
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:SOURCES]
+    sources = [dataset[int(i)] for i in chosen]
+    known = atomic_numbers(model)
+    frames = [_frame(graph, known) for graph in sources]
+    present = {int(z) for frame in frames for z in frame.numbers}
+    distorted, origins = anchors.distorted(frames, DISTORTED, seed)
+    pairs = anchors.pairs(present, known, seed)
+    heads = itertools.cycle(sources)  # all those that are trained
+    return (
+        [_completed(g, next(heads), model) for g in frames_to_data(pairs, model)],
+        [
+            _completed(g, sources[i], model)
+            for g, i in zip(frames_to_data(distorted, model), origins, strict=True)
+        ],
+    )
+
+
+def _frame(graph: Graph, known: Sequence[int]) -> ase.Atoms:
+    numbers = [known[i] for i in graph.node_attrs.argmax(dim=1).tolist()]
+    periodic = graph.pbc is not None and bool(graph.pbc.any())
+    return ase.Atoms(
+        numbers,
+        graph.positions.numpy(),
+        cell=graph.cell.reshape(3, 3).numpy() if periodic and graph.cell is not None else None,
+        pbc=graph.pbc.flatten().tolist() if periodic and graph.pbc is not None else False,
+    )
+
+
+def _completed(graph: Graph, source: Graph, model: torch.nn.Module) -> Graph:
+    """`graph` with the head of `source`, and its charge, spin, ... where the model reads them."""
+    names = ["head"]
+    for name, wanted in inputs_of(model).items():
+        same_atoms = len(graph.positions) == len(source.positions)
+        if same_atoms if wanted.per_atom else (same_atoms or wanted.default is None):
+            names.append(name)
+    for name in names:
+        graph[name] = source[name]
+    return graph

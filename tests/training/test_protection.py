@@ -1,0 +1,139 @@
+"""`--protect`: the start's forces are kept where no label speaks, and nothing else is."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import ase
+import numpy as np
+import pytest
+import torch
+from helpers.frames import ethanol
+from helpers.running import here, short_run
+
+from mace_lora import AdapterConfig, inject, load_foundation
+from mace_lora.frames import anchors
+from mace_lora.model.injection import adapter_parameters
+from mace_lora.testing import randomise_
+from mace_lora.training.epochs.computing import Computing
+from mace_lora.training.epochs.protection import FREE, RELATIVE, Protection, cost
+from mace_lora.training.epochs.steps import Steps
+from mace_lora.training.options import RunOptions
+from mace_lora.upstream import library
+from mace_lora.upstream.predicting import frames_to_batch, frames_to_data, predict
+
+
+def test_errors_within_what_is_free_cost_nothing():
+    """However they turn: up to FREE plus RELATIVE of the force."""
+    wanted = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    free = torch.tensor([FREE + 3 * RELATIVE, FREE], dtype=torch.float64)
+    direction = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
+    assert cost(wanted + 0.99 * free[:, None] * direction, wanted) == 0
+    beyond = cost(wanted + 3.0 * free[:, None] * direction, wanted)
+    assert beyond.item() == pytest.approx(np.log(1 + 2.0**2))
+
+
+def test_the_gradient_is_that_of_the_cost():
+    wanted = torch.randn(5, 3, dtype=torch.float64)
+    found = (wanted + 2 * torch.randn(5, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: cost(f, wanted), (found,))
+
+
+def test_pairs_are_of_every_two_elements_from_contact_on():
+    frames = anchors.pairs([1, 6, 8], foreign=[1, 6, 7, 8])
+    kinds = {tuple(sorted(f.numbers)) for f in frames}
+    assert kinds == {(1, 1), (1, 6), (1, 8), (6, 6), (6, 8), (8, 8), (1, 7), (6, 7), (7, 8)}
+    distances = [f.get_distance(0, 1) for f in frames if set(f.numbers) == {1, 7}]
+    assert min(distances) < 0.5
+    assert max(distances) > 2.8
+    assert len(anchors.pairs(range(1, 90))) == anchors.MOST_PAIRS
+
+
+def test_distorted_crystals_keep_their_neighbours():
+    crystal = ase.Atoms("CO", [[0, 0, 0], [0, 0, 1.2]], cell=[3, 4, 5], pbc=True)
+    made, sources = anchors.distorted([crystal], 20)
+    assert sources == [0] * 20
+    scales = [f.cell.lengths()[0] / 3 for f in made]
+    assert min(scales) < 0.85
+    assert max(scales) > 1.05
+    lengths = np.array([f.cell.lengths() for f in made])
+    assert np.allclose(lengths / [3, 4, 5], np.array(scales)[:, None])
+    assert all(f.pbc.all() for f in made)
+
+
+@pytest.fixture(scope="module")
+def start() -> torch.nn.Module:
+    return load_foundation("mini", dtype=torch.float64)
+
+
+def protection(model: torch.nn.Module, batch_size: int = 5) -> Protection:
+    loader = library.loader(frames_to_data(ethanol("train", 5), model), batch_size)
+    return Protection(model, loader, Computing("auto"), seed=3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "mmea"])
+def test_the_teacher_is_the_start(start, method):
+    """Whatever the adapters are when the run is continued; an identity costs nothing."""
+    model = deepcopy(start)
+    inject(model, AdapterConfig.create(method))
+    fresh = protection(model)
+    assert all(not g.any() for g in fresh.gradients(0).values())
+    randomise_(model, 1)
+    again = protection(model)
+    both = zip(fresh.gradients(0).items(), again.gradients(0).items(), strict=True)
+    assert all(p is q and torch.equal(g, h) for (p, g), (q, h) in both)
+    assert any(g.any() for g in again.gradients(0).values())
+    assert fresh.gradients(1) == {}
+
+
+def test_its_gradient_lowers_the_error_on_pairs_that_are_no_anchors(start):
+    """From a model whose walls are broken, by steps along that gradient alone."""
+    model = deepcopy(start)
+    inject(model, AdapterConfig.create("lora", rank=4, alpha=4.0, targets=("all",)))
+    randomise_(model, 1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter *= 2
+    distances = np.arange(0.8, 1.6, 0.07)
+    pairs = [ase.Atoms("HO", [[0, 0, 0], [0, 0, d]]) for d in distances]
+    batch = frames_to_batch(pairs, model)
+    wanted = predict(start, [batch])["forces"]
+
+    def error() -> float:
+        return (predict(model, [batch])["forces"] - wanted).abs().mean().item()
+
+    before, guard = error(), protection(model)
+    assert before > 2
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for step in range(0, 120, 2):
+        optimiser.zero_grad()
+        for parameter, gradient in guard.gradients(step).items():
+            parameter.grad = gradient
+        optimiser.step()
+    assert error() < 0.3 * before
+
+
+def test_gradients_join_at_the_optimisers_steps_alone():
+    """With accumulation at the last batch of each group, by the number of the step."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser, asked = torch.optim.SGD([weight], lr=1.0), []
+
+    def more(step):
+        asked.append(step)
+        return {weight: torch.ones(1)}
+
+    def step(optimizer, model, loss_fn, **_):
+        optimizer.zero_grad()
+        optimizer.step()
+        return 0.0, {"loss": 0.0}
+
+    steps = Steps(RunOptions(accumulate=2), 5, more)
+    for _ in range(10):  # two epochs of 2 + 2 + 1 batches
+        steps.take(step, optimizer=optimiser, model=torch.nn.Module(), loss_fn=None)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert weight.item() == -6
+
+
+def test_lbfgs_is_refused(tmp_path, small_data, foundation):
+    flags = short_run(small_data, foundation, "--protect=True", "--lbfgs")
+    assert "leave one of them out" in here(tmp_path, *flags)
