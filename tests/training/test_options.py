@@ -217,7 +217,7 @@ def test_warm_up_is_a_straight_line_and_restarts_keep_their_place():
     optimiser = torch.optim.Adam([weight], lr=0.1)
 
     def step(optimizer, model):
-        seen.append(optimizer.param_groups[0]["lr"])
+        seen.append(optimiser.param_groups[0]["lr"])
         weight.grad = torch.ones(1)
         optimizer.step()
         return 0.0, {}
