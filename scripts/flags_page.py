@@ -16,6 +16,7 @@ from pathlib import Path
 from mace_lora.adapters.options import AdapterOptions
 from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.training.options import RunOptions
+from mace_lora.training.recipes import of
 
 PAGE = Path(__file__).parent.parent / "configs" / "README.md"
 BEGIN, END = "<!-- flags: written by scripts/flags_page.py -->", "<!-- end of flags -->"
@@ -70,7 +71,10 @@ def method_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
 
 def preset_rows() -> list[tuple[str, ...]]:
     return [
-        (f"`--{method}_preset={name}`", ", ".join(f"{k} {shown(v)}" for k, v in values.items()))
+        (
+            f"`--{method}_preset={name}`",
+            ", ".join(f"{k} {shown(v)}" for k, v in {**values, **of(method, name)}.items()),
+        )
         for method in METHODS
         for name, values in options_of(method).presets.items()
     ]
@@ -80,7 +84,7 @@ def tables() -> str:
     """The generated part of the page."""
     common, own = method_rows()
     head = ("flag", "default", "meaning")
-    run = [(f"`--{f.name}`", default(f), meaning(f)) for f in fields(RunOptions)]
+    run = [(f"`--{f.name}`", default(f), meaning(f)) for f in RunOptions.flags()]
     choose = [
         ("`--adapter`", "nothing", f"the method: {', '.join(METHODS)}"),
         ("`--lora`", "False", "`--lora=True` is the same as `--adapter=lora`"),

@@ -262,6 +262,8 @@ class FullOptions(AdapterOptions):
     `modules_to_save` E0s, scale and shift, which are no parameters.
     """
 
+    presets: ClassVar[dict[str, dict[str, object]]] = {"balanced": {}}
+
 
 @dataclass(frozen=True)
 class MmeaOptions(AdapterOptions):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError
 from mace_lora.parsing import ExistingAdapter, ExistingFile
+from mace_lora.training import recipes
 from mace_lora.training.options import RunOptions
 from mace_lora.upstream import known
 
@@ -77,12 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     parsing.move_flags(parser, ["lora", "lora_rank", "lora_alpha"], ours)
     for name in METHODS:
         _add_method(parser, ours, name)
-    for field in fields(RunOptions):
+    for field in RunOptions.flags():
         keywords = {"type": type(field.default), **field.metadata}
         if keywords["type"] is bool:
             keywords |= {"type": _boolean, "nargs": "?", "const": True}
         ours.add_argument(f"--{field.name}", default=_Default(field.default), **keywords)
-    for name in ("lora", "multiheads_finetuning"):  # whose defaults are not everybody's
+    # whose defaults are not everybody's
+    for name in {"lora", "multiheads_finetuning", *recipes.FLAGS} - {
+        f.name for f in RunOptions.flags()
+    }:
         parser.set_defaults(**{name: _Default(parser.get_default(name))})
     needed = parser.add_argument_group("what a fine-tuning needs (mace-torch)")
     parsing.move_flags(parser, _NEEDED, needed)
@@ -132,20 +135,35 @@ def parse(
             setattr(args, name, value.value)
         else:
             given[name] = value
-    options = RunOptions(**{f.name: getattr(args, f.name) for f in fields(RunOptions)})
-    config = _adapter(args, given, options.adapter_start)
+    config = _adapter(args, given, args.adapter_start)
+    chosen = _follow_recipe(args, config, given)
+    options = RunOptions(
+        **{f.name: getattr(args, f.name) for f in RunOptions.flags()}, chosen=chosen
+    )
     if config is None:
-        for field in fields(RunOptions):
+        for field in RunOptions.flags():
             if field.name in given:
                 raise ConfigError(f"--{field.name} needs an adapter: give --lora=True or --adapter")
     elif "multiheads_finetuning" not in given:  # on by default, and by itself for some models
         args.multiheads_finetuning = args.pt_train_file is not None
     rank, alpha = args.lora_rank, args.lora_alpha
-    ours = ["adapter", *(f.name for f in fields(RunOptions)), *chain(*map(_flags_of, METHODS))]
+    ours = ["adapter", *(f.name for f in RunOptions.flags()), *chain(*map(_flags_of, METHODS))]
     for name in ours:  # upstream logs and stores its arguments: leave it only its own
         vars(args).pop(name, None)
     args.lora_rank, args.lora_alpha = rank, alpha
     return args, config, options
+
+
+def _follow_recipe(
+    args: argparse.Namespace, config: AdapterConfig | None, given: Mapping[str, object]
+) -> dict[str, object]:
+    """Set the flags of the preset that the user did not give; those, with their values."""
+    if config is None:
+        return {}
+    recipe = recipes.of(config.method, getattr(args, f"{config.method}_preset", None))
+    chosen = {flag: value for flag, value in recipe.items() if flag not in given}
+    vars(args).update(chosen)
+    return chosen
 
 
 def _flags_of(method: str) -> list[str]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 from mace_lora.adapters.options import option
 from mace_lora.backends.registry import AUTO, CHOICES, describe
 from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.upstream.known import TRUST_HELP
 
+CONSTANT, COSINE = "constant", "cosine"
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a training run with an adapter that mace-torch doesn't have. Each is a flag."""
+    """Options of a training run with an adapter that mace-torch doesn't have.
+
+    Each is a flag, but for `chosen`: the flags that a preset has set, with their values.
+    """
 
     adapter_start: str | None = option(
         None,
@@ -23,6 +30,12 @@ class RunOptions:
     )
     warmup_steps: int = option(
         0, "number of optimiser steps over which the learning rate rises linearly to --lr"
+    )
+    schedule: str = option(
+        CONSTANT,
+        "how the learning rate falls over the run, beside what --scheduler does: not at all, or "
+        "as a cosine from --lr to 0",
+        choices=(CONSTANT, COSINE),
     )
     accumulate: int = option(
         1,
@@ -43,13 +56,22 @@ class RunOptions:
         choices=CHOICES,
     )
     trust: bool = option(False, TRUST_HELP)
+    chosen: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:
             raise ConfigError(f"--step={self.step}: {did_you_mean(self.step, CHOICES)}")
+        if self.schedule not in (CONSTANT, COSINE):
+            raise ConfigError(
+                f"--schedule={self.schedule}: {did_you_mean(self.schedule, (CONSTANT, COSINE))}"
+            )
         if self.warmup_steps < 0:
             raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
         if self.accumulate < 1:
             raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(f"--checkpoint_seconds={self.checkpoint_seconds}: 0 or more")
+
+    @classmethod
+    def flags(cls) -> tuple[Field[Any], ...]:
+        return tuple(f for f in fields(cls) if "help" in f.metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mace_lora.model.injection import adapter_parameters, adapters
 from mace_lora.model.layers import find_sites
 from mace_lora.model.merging import changes
 from mace_lora.testing import outputs, randomise_, worst
+from mace_lora.training import recipes
 from mace_lora.training.epochs.optimised import parameter_groups
 from mace_lora.training.epochs.steps import Steps, steps_done
 from mace_lora.training.options import RunOptions
@@ -336,7 +338,43 @@ def test_presets_fill_what_is_not_given():
         cli.parse([*flags[:3], "--adapter=dora", "--lora_preset=balanced"])
 
 
-@pytest.mark.parametrize("flag", ["--warmup_steps=5", "--accumulate=2"])
+@pytest.mark.parametrize("flag", ["--warmup_steps=5", "--accumulate=2", "--protect", "--schedule=cosine"])
 def test_run_options_need_an_adapter(flag):
     with pytest.raises(ConfigError, match="needs an adapter"):
         cli.parse(["--name=x", "--train_file=t.xyz", "--foundation_model=mini", flag])
+
+
+@pytest.mark.parametrize("method", recipes.RECIPES)
+def test_a_preset_is_a_whole_recipe(method):
+    """Every flag of it that is not given, and no other; --lora=True alone stays mace-torch's."""
+    flags = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", f"--adapter={method}"]
+    plain, _, untouched = cli.parse(flags)
+    assert set(recipes.RECIPES[method]) == set(options_of(method).presets)
+    for preset, recipe in recipes.RECIPES[method].items():
+        args, _, options = cli.parse([*flags, f"--{method}_preset={preset}", "--lr=0.123"])
+        assert dict(options.chosen) == {k: v for k, v in recipe.items() if k != "lr"}
+        for name, value in options.chosen.items():
+            assert getattr(args, name, None) == value or getattr(options, name, None) == value
+        assert args.lr == 0.123
+        others = set(vars(args)) - set(recipe)
+        assert {k: vars(args)[k] for k in others} == {k: vars(plain)[k] for k in others}
+    assert not untouched.chosen
+    assert plain.lr == 0.01
+
+
+def test_the_rate_falls_as_a_cosine_over_the_run():
+    """With accumulation too, where an epoch of 5 batches has 3 steps; 2 epochs are 6 steps."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser, seen = torch.optim.SGD([weight], lr=0.1), []
+
+    def step(optimizer, model, loss_fn, **_):
+        seen.append(optimiser.param_groups[0]["lr"])
+        return 0.0, {"loss": 0.0}
+
+    steps = Steps(RunOptions(schedule="cosine", accumulate=2))
+    steps.begin(5, 0, epochs=2)
+    for _ in range(10):
+        steps.take(step, optimizer=optimiser, model=torch.nn.Module(), loss_fn=None)
+    numbers = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    assert seen == pytest.approx([0.05 * (1 + math.cos(math.pi * n / 6)) for n in numbers])
+    assert optimiser.param_groups[0]["lr"] == 0.1

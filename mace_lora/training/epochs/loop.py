@@ -97,7 +97,7 @@ class Loop:
         """
         per_epoch = len(self.train_loader)
         done = self.at.epoch * per_epoch + self.at.steps
-        self.steps.begin(per_epoch, done)
+        self.steps.begin(per_epoch, done, self.given.max_num_epochs)
         total = max(self.given.max_num_epochs * per_epoch, done)
         self.at.backend = self.computing.settle(self.model, self.at.backend)
         if self.run_options.protect:
@@ -125,6 +125,9 @@ class Loop:
             logging.info("--lbfgs: gradients are not clipped, the line search needs them whole")
         if self.max_grad_norm is not None:
             logging.info(f"Using gradient clipping with tolerance={self.max_grad_norm:.3f}")
+        if chosen := self.run_options.chosen:
+            flags = ", ".join(f"--{flag}={value}" for flag, value in chosen.items())
+            logging.info(f"Set by the preset: {flags}")
         logging.info("===========TRAINING===========")
         if self.swa is not None:
             logging.info(

@@ -1,5 +1,4 @@
-"""Around each optimiser step: warm-up of the learning rate, gradients of several batches, dropout,
-protection.
+"""Around each optimiser step: learning rates, gradients of several batches, dropout, protection.
 
 mace-torch's `take_step` is called as it is, with some of its arguments in disguise.
 """
@@ -16,7 +15,7 @@ from typing import cast
 import torch
 
 from mace_lora.model.injection import adapters
-from mace_lora.training.options import RunOptions
+from mace_lora.training.options import COSINE, RunOptions
 from mace_lora.upstream.types import Number
 
 # mace-torch's `take_step`, or one like it: the loss, and what is logged of the step
@@ -42,13 +41,14 @@ class Steps:
         self.options = options
         self.more = more
         self.steps_per_epoch = max(1, steps_per_epoch)
+        self.epochs = 1  # of the whole run
         self.batches = 0  # in all
         self._drawing: list[torch.nn.Module] | None = None
 
-    def begin(self, steps_per_epoch: int, done: int) -> None:
+    def begin(self, steps_per_epoch: int, done: int, epochs: int) -> None:
         """Training begins, or goes on after the `done` batches of an earlier part of this run."""
         self.steps_per_epoch = max(1, steps_per_epoch)
-        self.batches = done
+        self.batches, self.epochs = done, epochs
 
     def gradients_wait(self) -> bool:
         """Whether the optimiser has yet to move after the last batch: no moment to stop at."""
@@ -68,27 +68,32 @@ class Steps:
         first = place - place % self.options.accumulate
         size = min(self.options.accumulate, self.steps_per_epoch - first)
         last = place - first == size - 1
-        steps_before = epoch * math.ceil(self.steps_per_epoch / self.options.accumulate)
-        number = steps_before + place // self.options.accumulate
+        per_epoch = math.ceil(self.steps_per_epoch / self.options.accumulate)
+        number = epoch * per_epoch + place // self.options.accumulate
         more = self.more(number) if self.more is not None and last else {}
-        with self._warm(optimizer), self._dropout(model):
+        part = number / (self.epochs * per_epoch)
+        with self._scheduled(optimizer, part), self._dropout(model):
             held = _Held(optimizer, place == first, last, more)
             if size == 1:
                 return step(model=model, optimizer=held, **others)
             return self._accumulate(partial(step, model=model), held, size, others)
 
-    # ------------------------------------------------------------------ warm-up
+    # ------------------------------------------------------------------ learning rates
 
     @contextmanager
-    def _warm(self, optimiser: torch.optim.Optimizer) -> Iterator[None]:
-        """Lower learning rates during the first `warmup_steps` steps, rising in a straight line."""
+    def _scheduled(self, optimiser: torch.optim.Optimizer, part: float) -> Iterator[None]:
+        """The learning rates of a step before which this `part` of the run is done."""
+        factor = (
+            0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
+            if self.options.schedule == COSINE
+            else 1.0
+        )
         done = steps_done(optimiser) if self.options.warmup_steps else 0
-        if done >= self.options.warmup_steps:
-            yield
-            return
+        if done < self.options.warmup_steps:
+            factor *= (done + 1) / self.options.warmup_steps
         rates = [group["lr"] for group in optimiser.param_groups]
         for group in optimiser.param_groups:
-            group["lr"] = group["lr"] * (done + 1) / self.options.warmup_steps
+            group["lr"] = group["lr"] * factor
         try:
             yield
         finally:

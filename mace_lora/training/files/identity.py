@@ -11,6 +11,7 @@ from typing import TypedDict, cast
 import torch
 
 from mace_lora.training.epochs import processes
+from mace_lora.training.options import CONSTANT
 from mace_lora.training.record import Progress, Run
 from mace_lora.upstream.types import Loader, Scheduler
 
@@ -64,7 +65,9 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         * processes.count(distributed),
         "--accumulate": options.accumulate,
         "--warmup_steps": options.warmup_steps,
-        "--protect": options.protect or None,  # as in checkpoints that don't know it
+        # None as in checkpoints that know nothing of them
+        "--protect": options.protect or None,
+        "--schedule": None if options.schedule == CONSTANT else options.schedule,
     }
     return {
         "method": config.method,
