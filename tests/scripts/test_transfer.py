@@ -29,6 +29,7 @@ from reproduction.transfer import (  # noqa: E402
     dynamics,
     frames,
     measures,
+    methods,
     plan,
     table,
 )
@@ -84,7 +85,7 @@ def test_a_model_is_at_no_distance_from_itself(mini, questions):
     found = assess.compare(copy.deepcopy(mini), mini, questions)
     assert found["kept"]["mild"] == {"forces": 0.0, "energy": 0.0}
     for wall in (found["dimers"], found["compressed"]):
-        assert wall == {"forces": 0.0, "holes": 0, "where": []}
+        assert wall == {"forces": 0.0, "relative": 0.0, "holes": 0, "where": []}
 
 
 def test_other_e0s_are_not_forgetting(mini, questions):
@@ -191,7 +192,7 @@ def test_what_is_broken(positions, expected):
 
 def result(method: str, rate: float, valid: float, value: float, **changes: object) -> dict:
     errors = {"forces": value, "energy": value, "energy_absolute": value}
-    wall = {"forces": value, "holes": 0, "where": []}
+    wall = {"forces": value, "relative": value, "holes": 0, "where": []}
     return {
         **{"foundation": "mini", "system": "aspirin", "method": method, "variant": method},
         **{"title": method, "rate": rate, "steps": 500, "seed": 1, "notes": []},
@@ -241,7 +242,7 @@ def test_seeds_are_averaged_before_a_rate_is_chosen():
 def test_every_method_is_planned_at_every_rate_from_the_same_start():
     options = command.parse(["--train", "ethanol", "--steps", "95", "--energy_weight=3"])
     settings = {(r.method.name, r.rate): r.settings for r in options.runs}
-    assert len(settings) == 6 * 3
+    assert len(settings) == 3 * len(methods.CANDIDATES)
     for (_, rate), found in settings.items():
         assert found["lr"] == rate
         assert found["max_num_epochs"] == 10
@@ -251,6 +252,7 @@ def test_every_method_is_planned_at_every_rate_from_the_same_start():
     assert settings["full", 0.001]["clip_grad"] == 1.0
     assert settings["upstream_rank4", 0.01]["ema_decay"] == 0.99
     assert settings["lora_rank16", 0.005]["lora_rank"] == 16
+    assert settings["full_balanced", 0.005]["schedule"] == "cosine"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def short(data_dir: Path, out: Path, *more: str) -> list[str]:
 def test_the_whole_path(tmp_path, data_dir, monkeypatch, capsys):
     """All elements are kept, by mace-torch's program and by ours; what is done is not repeated."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = short(data_dir, tmp_path, "--methods=full,balanced", "--rates", "0.001")
+    arguments = short(data_dir, tmp_path, "--methods=full,lora_balanced", "--rates", "0.001")
     options = command.parse(arguments)
     assert command.carry_out(options, fetch_data.prepare) == []
     for run in options.runs:
@@ -314,8 +316,8 @@ def test_the_whole_path(tmp_path, data_dir, monkeypatch, capsys):
     assert (tmp_path / "table.md").read_text() in printed
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [(r["method"], r["rates"]) for r in rows] == [
-        ("balanced", {"ethanol": 0.001}),
         ("full", {"ethanol": 0.001}),
+        ("lora_balanced", {"ethanol": 0.001}),
     ]
 
 

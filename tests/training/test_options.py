@@ -338,7 +338,9 @@ def test_presets_fill_what_is_not_given():
         cli.parse([*flags[:3], "--adapter=dora", "--lora_preset=balanced"])
 
 
-@pytest.mark.parametrize("flag", ["--warmup_steps=5", "--accumulate=2", "--protect", "--schedule=cosine"])
+@pytest.mark.parametrize(
+    "flag", ["--warmup_steps=5", "--accumulate=2", "--protect", "--schedule=cosine"]
+)
 def test_run_options_need_an_adapter(flag):
     with pytest.raises(ConfigError, match="needs an adapter"):
         cli.parse(["--name=x", "--train_file=t.xyz", "--foundation_model=mini", flag])

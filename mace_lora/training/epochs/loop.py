@@ -101,8 +101,13 @@ class Loop:
         total = max(self.given.max_num_epochs * per_epoch, done)
         self.at.backend = self.computing.settle(self.model, self.at.backend)
         if self.run_options.protect:
-            protection = Protection(self.model, self.train_loader, self.computing, self.args.seed)
-            self.steps.more = protection.gradients
+            self.steps.more = Protection(
+                self.model,
+                self.train_loader,
+                self.computing,
+                self.args.seed,
+                self.max_grad_norm,
+            ).gradients
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
             self._log_settings()
             with self.stop.waiting():

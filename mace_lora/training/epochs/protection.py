@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 
 import ase
@@ -29,7 +30,6 @@ SOURCES = 100  # training frames that distorted ones are made of
 DISTORTED = 200
 PAIRS_PER_STEP = 16  # and one distorted frame
 FREE, RELATIVE = 0.3, 0.1  # errors that cost nothing: eV/A, and a part of the start's force
-CLIP = 10.0  # largest norm of the penalty's gradient
 WEIGHT = 0.3  # of it, beside the loss's
 AT_ONCE = 64  # anchors that are labelled in one batch
 
@@ -44,11 +44,18 @@ class Protection:
         computing: where the run's steps are computed.
         seed: of the run. The anchors of a step follow from it and from the number of the step, so
             that a continued run uses the same.
+        clip: largest norm of the penalty's gradient, that of the loss's in this run.
     """
 
     def __init__(
-        self, model: torch.nn.Module, loader: Loader, computing: Computing, seed: int
+        self,
+        model: torch.nn.Module,
+        loader: Loader,
+        computing: Computing,
+        seed: int,
+        clip: float | None = None,
     ) -> None:
+        self._clip = math.inf if clip is None else clip
         self._model, self._computing, self._seed = model, computing, seed
         # of one frame a distorted one costs as much as the step itself
         self._every = 2 if loader.batch_size > 1 else 4
@@ -77,11 +84,12 @@ class Protection:
         wanted = [w[i] for w, numbers in zip(self._wanted, chosen, strict=True) for i in numbers]
         batch = library.batch(graphs).to(self._device).to_dict()
         with self._computing.active(model):
-            found = model(batch, training=True, compute_force=True)["forces"]
+            forces = model(batch, training=True, compute_force=True)["forces"]
             parameters = list(adapter_parameters(model).values())
-            penalty = cost(found, torch.cat(wanted))
+            penalty = cost(forces, torch.cat(wanted))
             raw = torch.autograd.grad(penalty, parameters, allow_unused=True)
-        return _clipped({p: g for p, g in zip(parameters, raw, strict=True) if g is not None})
+        found = {p: g for p, g in zip(parameters, raw, strict=True) if g is not None}
+        return _clipped(found, self._clip)
 
 
 def cost(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -97,11 +105,9 @@ def cost(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return torch.log1p((torch.relu(error - free) / free).square()).mean()
 
 
-def _clipped(
-    gradients: Gradients,
-) -> Gradients:
-    norm = torch.stack([g.norm() for g in gradients.values()]).norm() if gradients else 1.0
-    factor = WEIGHT * min(1.0, CLIP / (float(norm) + 1e-6))
+def _clipped(gradients: Gradients, clip: float) -> Gradients:
+    norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+    factor = WEIGHT * min(1.0, clip / (norm + 1e-6))
     return {p: factor * g for p, g in gradients.items()}
 
 

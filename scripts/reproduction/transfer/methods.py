@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.training.recipes import RECIPES
 from reproduction.protocol import Method, preset
 
 RATES = (0.001, 0.005, 0.01)  # the published ones of full fine-tuning and LoRA, and ours
@@ -31,6 +32,12 @@ def _upstream_lora(rank: int, alpha: float) -> Method:
     )
 
 
+def _recipe(method: str, name: str) -> dict[str, object]:
+    """A preset's flags but for the rate, which the comparison varies."""
+    flags = {"adapter": method, **preset(method, name), **RECIPES[method][name]}
+    return {k: v for k, v in flags.items() if k != "lr"}
+
+
 CANDIDATES = {
     candidate.method.name: candidate
     for candidate in (
@@ -38,21 +45,22 @@ CANDIDATES = {
         Candidate(_upstream_lora(4, 1.0), baseline=True),
         Candidate(_upstream_lora(16, 16.0), baseline=True),
         Candidate(
+            Method("full_fast", "the same by --adapter=full", {"adapter": "full", **FULL}),
+            baseline=True,
+        ),
+        Candidate(
             Method(
                 "lora_rank16",
                 "lora, all layers, rank 16, alpha 8",
                 {"adapter": "lora", **preset("lora", "max-accuracy"), **OURS},
             )
         ),
-        Candidate(
-            Method(
-                "balanced",
-                "lora, preset balanced",
-                {"adapter": "lora", **preset("lora", "balanced"), **OURS},
+        *(
+            Candidate(
+                Method(f"{method}_{name}", f"{method}, preset {name}", _recipe(method, name)),
             )
-        ),
-        Candidate(
-            Method("full_fast", "full fine-tuning, --adapter=full", {"adapter": "full", **FULL})
+            for method, presets in RECIPES.items()
+            for name in presets
         ),
     )
 }

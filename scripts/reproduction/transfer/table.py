@@ -34,6 +34,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Found], float | None], bool]] = {
     "kept_strong": ("kept, strong F", lambda r: r["kept"]["strong"]["forces"], True),
     "truth": ("kept, labels F", _truth, True),
     "wall_dimers": ("wall, dimers F", lambda r: r["dimers"]["forces"], True),
+    "wall_dimers_relative": ("wall, dimers", lambda r: r["dimers"]["relative"], True),
+    "wall_compressed_relative": ("wall, compressed", lambda r: r["compressed"]["relative"], True),
     "wall_compressed": ("wall, compressed F", lambda r: r["compressed"]["forces"], True),
     "holes": ("holes", lambda r: r["dimers"]["holes"] + r["compressed"]["holes"], False),
     "nve_drift": ("NVE drift", lambda r: r.get("dynamics", {}).get("nve_drift"), False),
