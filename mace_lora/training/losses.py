@@ -48,12 +48,12 @@ class WeightedLoss(torch.nn.Module):
             pred: outputs of a model.
             ddp: whether to average over all processes; None where there are several.
         """
-        total: Tensor = sum(
-            getattr(self.loss, f"{name}_weight")
-            * upstream.original("reduce_loss")(_like(error, ref.weight, ref) * error, ddp)
-            for name, term in self._terms.items()
-            for error in [term(self.loss, ref, pred)]
-        )
+        total = torch.zeros((), dtype=ref.positions.dtype, device=ref.positions.device)
+        for name, term in self._terms.items():
+            error = term(self.loss, ref, pred)
+            weighted = _like(error, ref.weight, ref) * error
+            mean = upstream.original("reduce_loss")(weighted, ddp)
+            total = total + getattr(self.loss, f"{name}_weight") * mean
         return total
 
     def __repr__(self) -> str:

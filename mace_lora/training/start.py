@@ -204,18 +204,20 @@ def _log_energy_offset(
     offset = ((predicted - batches[0].energy.to(predicted)) / atoms).mean().item()
     logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
     if abs(offset) > LARGE_OFFSET:
-        source = f"--E0s={args.E0s}" if args.statistics_file is None else args.statistics_file
-        source = "the E0s of the isolated atoms in the training files" if isolated else source
-        advice = (
-            "are the labels of all frames (of each head) of one kind, in eV?"
-            if args.E0s == "estimated" and not isolated
-            else "remove them and use --E0s=estimated, which fits E0s to what the foundation model "
-            "leaves over"
-            if isolated
-            else "use --E0s=estimated (with .xyz files), which fits the E0s to what the "
-            "foundation model leaves over"
-        )
+        source, advice = _about_e0s(args, isolated)
         logging.warning(
             f"{source}: training starts {offset:+.2f} eV per atom away from the labels, and a "
             f"low-rank adapter can hardly correct such an offset: {advice}"
         )
+
+
+def _about_e0s(args: argparse.Namespace, isolated: bool) -> tuple[str, str]:
+    """Where the E0s come from, and what to do if they are far off; in words."""
+    fitted = "which fits E0s to what the foundation model leaves over"
+    if isolated:
+        source = "the E0s of the isolated atoms in the training files"
+        return source, f"remove them and use --E0s=estimated, {fitted}"
+    source = f"--E0s={args.E0s}" if args.statistics_file is None else args.statistics_file
+    if args.E0s == "estimated":
+        return source, "are the labels of all frames (of each head) of one kind, in eV?"
+    return source, f"use --E0s=estimated (with .xyz files), {fitted}"

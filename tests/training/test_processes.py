@@ -129,7 +129,9 @@ def test_the_loss_curve_of_one_process_with_the_doubled_batch(tmp_path, flags, o
 
 @pytest.mark.parametrize("method", ["elora", "dora", "mmea"])
 def test_other_methods(tmp_path, flags, method):
+    """With protection, whose gradient every process computes for itself."""
     flags = [f for f in flags if "lora=" not in f] + [f"--adapter={method}", "--max_num_epochs=1"]
+    flags.append("--protect=True")
     one, two = tmp_path / "one", tmp_path / "two"
     assert here(one, *flags, "--batch_size=4") == ""
     running = process(two, *flags, "--batch_size=2", launcher=launcher("-m", "mace_lora"))

@@ -19,7 +19,6 @@ from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.protection import FREE, RELATIVE, Protection, cost
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.options import RunOptions
-from mace_lora.upstream import library
 from mace_lora.upstream.predicting import frames_to_batch, frames_to_data, predict
 
 
@@ -67,8 +66,8 @@ def start() -> torch.nn.Module:
 
 
 def protection(model: torch.nn.Module, batch_size: int = 5) -> Protection:
-    loader = library.loader(frames_to_data(ethanol("train", 5), model), batch_size)
-    return Protection(model, loader, Computing("auto"), seed=3)
+    dataset = frames_to_data(ethanol("train", 5), model)
+    return Protection(model, dataset, Computing("auto"), 3, batch_size)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "mmea"])
@@ -84,6 +83,7 @@ def test_the_teacher_is_the_start(start, method):
     assert all(p is q and torch.equal(g, h) for (p, g), (q, h) in both)
     assert any(g.any() for g in again.gradients(0).values())
     assert fresh.gradients(1) == {}
+    assert protection(model, batch_size=1).gradients(2) == {}  # as dear as the step itself
 
 
 def test_its_gradient_lowers_the_error_on_pairs_that_are_no_anchors(start):

@@ -103,9 +103,10 @@ class Loop:
         if self.run_options.protect:
             self.steps.more = Protection(
                 self.model,
-                self.train_loader,
+                self.train_loader.dataset,
                 self.computing,
                 self.args.seed,
+                self.train_loader.batch_size * processes.count(self.distributed),
                 self.max_grad_norm,
             ).gradients
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:

@@ -24,7 +24,7 @@ from mace_lora.training.epochs.steps import Gradients
 from mace_lora.upstream import library
 from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.predicting import frames_to_data, predict
-from mace_lora.upstream.types import Dataset, Graph, Loader
+from mace_lora.upstream.types import Dataset, Graph
 
 SOURCES = 100  # training frames that distorted ones are made of
 DISTORTED = 200
@@ -40,26 +40,28 @@ class Protection:
     Args:
         model: with its adapters, of the elements and heads of the run; not the copy for several
             processes.
-        loader: of the training frames.
+        dataset: the training frames.
         computing: where the run's steps are computed.
         seed: of the run. The anchors of a step follow from it and from the number of the step, so
             that a continued run uses the same.
+        frames_per_step: of all processes.
         clip: largest norm of the penalty's gradient, that of the loss's in this run.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        loader: Loader,
+        dataset: Dataset,
         computing: Computing,
         seed: int,
+        frames_per_step: int,
         clip: float | None = None,
     ) -> None:
         self._clip = math.inf if clip is None else clip
         self._model, self._computing, self._seed = model, computing, seed
         # of one frame a distorted one costs as much as the step itself
-        self._every = 2 if loader.batch_size > 1 else 4
-        self._graphs = _graphs(model, loader.dataset, seed)
+        self._every = 2 if frames_per_step > 1 else 4
+        self._graphs = _graphs(model, dataset, seed)
         self._device = next(model.parameters()).device
         with disable_adapter(model):
             self._wanted = [_forces(model, graphs) for graphs in self._graphs]
