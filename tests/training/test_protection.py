@@ -27,15 +27,21 @@ def test_errors_within_what_is_free_cost_nothing():
     wanted = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     free = torch.tensor([FREE + 3 * RELATIVE, FREE], dtype=torch.float64)
     direction = torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64)
-    assert cost(wanted + 0.99 * free[:, None] * direction, wanted) == 0
-    beyond = cost(wanted + 3.0 * free[:, None] * direction, wanted)
-    assert beyond.item() == pytest.approx(np.log(1 + 2.0**2))
+    both = torch.tensor([True, True])
+    assert cost(wanted + 0.99 * free[:, None] * direction, wanted, both) == 0
+    far = wanted + 3.0 * free[:, None] * direction
+    assert cost(far, wanted, both).item() == pytest.approx(np.log(1 + 2.0**2))
+    far[1] = 1e3
+    assert cost(far, wanted, ~both).item() == 0
+    assert cost(far, wanted, torch.tensor([True, False])) == pytest.approx(np.log(5.0) / 2)
 
 
 def test_the_gradient_is_that_of_the_cost():
     wanted = torch.randn(5, 3, dtype=torch.float64)
     found = (wanted + 2 * torch.randn(5, 3, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda f: cost(f, wanted), (found,))
+    assert torch.autograd.gradcheck(
+        lambda f: cost(f, wanted, torch.ones(5, dtype=torch.bool)), (found,)
+    )
 
 
 def test_pairs_are_of_every_two_elements_from_contact_on():

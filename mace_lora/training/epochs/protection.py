@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ase
 import numpy as np
@@ -31,7 +32,16 @@ DISTORTED = 200
 PAIRS_PER_STEP = 16  # and one distorted frame
 FREE, RELATIVE = 0.3, 0.1  # errors that cost nothing: eV/A, and a part of the start's force
 WEIGHT = 0.3  # of it, beside the loss's
-AT_ONCE = 64  # anchors that are labelled in one batch
+AT_ONCE = 16  # anchors that are labelled in one batch
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A frame, the start's forces on it (eV/A, (n_atoms, 3)), and the atoms that have a say."""
+
+    graph: Graph
+    forces: torch.Tensor
+    counts: torch.Tensor
 
 
 class Protection:
@@ -61,50 +71,50 @@ class Protection:
         self._model, self._computing, self._seed = model, computing, seed
         # of one frame a distorted one costs as much as the step itself
         self._every = 2 if frames_per_step > 1 else 4
-        self._graphs = _graphs(model, dataset, seed)
         self._device = next(model.parameters()).device
         with disable_adapter(model):
-            self._wanted = [_forces(model, graphs) for graphs in self._graphs]
+            self._anchors = _anchors(model, dataset, seed)
         logging.info(
-            "Protected: {} pairs of atoms and {} distorted ".format(*map(len, self._graphs))
-            + f"training frames keep the start's forces up to {FREE} eV/A and {RELATIVE:.0%}"
+            "Protected: the start's forces on {} pairs of atoms and {} distorted training frames "
+            "are kept up to {} eV/A and {:.0%}".format(*map(len, self._anchors), FREE, RELATIVE)
         )
 
     def gradients(self, step: int) -> Gradients:
         """What joins the loss's gradient at the optimiser step of this number, from 0 on. Several
         processes compute the same, so that nothing need be shared.
         """
-        model = self._model
         if step % self._every:
             return {}
         rng = np.random.default_rng((self._seed, step))
         chosen = [
-            rng.choice(len(graphs), min(n, len(graphs)), replace=False)
-            for graphs, n in zip(self._graphs, (PAIRS_PER_STEP, 1), strict=True)
+            kind[i]
+            for kind, n in zip(self._anchors, (PAIRS_PER_STEP, 1), strict=True)
+            for i in rng.choice(len(kind), min(n, len(kind)), replace=False)
         ]
-        graphs = [g[i] for g, numbers in zip(self._graphs, chosen, strict=True) for i in numbers]
-        wanted = [w[i] for w, numbers in zip(self._wanted, chosen, strict=True) for i in numbers]
-        batch = library.batch(graphs).to(self._device).to_dict()
-        with self._computing.active(model):
-            forces = model(batch, training=True, compute_force=True)["forces"]
-            parameters = list(adapter_parameters(model).values())
-            penalty = cost(forces, torch.cat(wanted))
+        batch = library.batch([anchor.graph for anchor in chosen]).to(self._device).to_dict()
+        wanted = torch.cat([anchor.forces for anchor in chosen])
+        counts = torch.cat([anchor.counts for anchor in chosen])
+        with self._computing.active(self._model):
+            forces = self._model(batch, training=True, compute_force=True)["forces"]
+            parameters = list(adapter_parameters(self._model).values())
+            penalty = cost(forces, wanted, counts)
             raw = torch.autograd.grad(penalty, parameters, allow_unused=True)
         found = {p: g for p, g in zip(parameters, raw, strict=True) if g is not None}
         return _clipped(found, self._clip)
 
 
-def cost(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def cost(found: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The penalty: the mean over atoms of log(1 + e^2), e the error beyond what is free, divided by
     that. A change of theory moves forces by tenths of an eV/A and costs nothing; errors count
     relative to the forces, and however large one is, the others still count beside it.
 
     Args:
         found, wanted: forces, eV/A, (n_atoms, 3).
+        counts: which atoms have a say, (n_atoms,).
     """
     error = ((found - wanted).square().sum(-1) + 1e-12).sqrt()
     free = FREE + RELATIVE * wanted.norm(dim=-1)
-    return torch.log1p((torch.relu(error - free) / free).square()).mean()
+    return (counts * torch.log1p((torch.relu(error - free) / free).square())).mean()
 
 
 def _clipped(gradients: Gradients, clip: float) -> Gradients:
@@ -120,23 +130,37 @@ def _forces(model: torch.nn.Module, graphs: Sequence[Graph]) -> list[torch.Tenso
     return list(torch.split(forces, [len(graph.positions) for graph in graphs]))
 
 
-def _graphs(model: torch.nn.Module, dataset: Dataset, seed: int) -> tuple[list[Graph], list[Graph]]:
-    """Pairs of atoms, and distorted frames."""
+def _anchors(
+    model: torch.nn.Module, dataset: Dataset, seed: int
+) -> tuple[list[Anchor], list[Anchor]]:
+    """Pairs of atoms, and those distorted frames of the training set in which some force is larger
+    than in all frames that they are made of. What happens at smaller forces is not kept: there the
+    new theory holds, which frames far from the training set would be held back from.
+    """
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:SOURCES]
     sources = [dataset[int(i)] for i in chosen]
     known = atomic_numbers(model)
     frames = [_frame(graph, known) for graph in sources]
     present = {int(z) for frame in frames for z in frame.numbers}
-    distorted, origins = anchors.distorted(frames, DISTORTED, seed)
-    pairs = anchors.pairs(present, known, seed)
     heads = itertools.cycle(sources)  # all those that are trained
-    return (
-        [_completed(g, next(heads), model) for g in frames_to_data(pairs, model)],
-        [
-            _completed(g, sources[i], model)
-            for g, i in zip(frames_to_data(distorted, model), origins, strict=True)
-        ],
-    )
+    pairs = [
+        _completed(g, next(heads), model)
+        for g in frames_to_data(anchors.pairs(present, known, seed), model)
+    ]
+    made, origins = anchors.distorted(frames, DISTORTED, seed)
+    distorted = [
+        _completed(g, sources[i], model)
+        for g, i in zip(frames_to_data(made, model), origins, strict=True)
+    ]
+    largest = max(f.norm(dim=-1).max() for f in _forces(model, sources))
+    beyond = [
+        Anchor(graph, forces, forces.norm(dim=-1) > largest)
+        for graph, forces in zip(distorted, _forces(model, distorted), strict=True)
+    ]
+    return [
+        Anchor(graph, forces, torch.ones_like(forces[:, 0], dtype=torch.bool))
+        for graph, forces in zip(pairs, _forces(model, pairs), strict=True)
+    ], [anchor for anchor in beyond if anchor.counts.any()]
 
 
 def _frame(graph: Graph, known: Sequence[int]) -> ase.Atoms:
