@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mace_lora.errors import ConfigError, DataError, FoundationModelError
+from mace_lora.frames import isolated_atoms
 from mace_lora.frames.checks import symbols
 from mace_lora.model.description import atomic_numbers, describe
 from mace_lora.upstream import names as upstream
@@ -75,10 +76,17 @@ class AtomicEnergies:
 
     @staticmethod
     def estimate(foundation_model: torch.nn.Module, **keywords: Any) -> dict[int, float]:
-        """Upstream runs a float32 foundation model on float64 frames, which TorchScript refuses."""
+        """Upstream's least squares, and what the frames leave open by isolated atoms.
+
+        Upstream runs a float32 foundation model on float64 frames, which TorchScript refuses.
+        """
         foundation_model.to(torch.get_default_dtype())
         found = upstream.original("estimate_e0s")(foundation_model=foundation_model, **keywords)
-        return {int(z): float(energy) for z, energy in found.items()}
+        fitted = {int(z): float(energy) for z, energy in found.items()}
+        frames = [frame.atomic_numbers for frame in with_energies(keywords["collections_train"])]
+        choice = isolated_atoms.settle(fitted, keywords["foundation_e0s"], frames)
+        isolated_atoms.tell(choice, frames)
+        return choice.e0s
 
     def estimated(
         self, model: torch.nn.Module, frames: list[Configuration], table: Any, device: str
