@@ -16,17 +16,16 @@ SCALES = (0.7, 1.15)
 RATTLES = (0.03, 0.3)
 
 
-def pairs(numbers: Iterable[int], foreign: Iterable[int] = (), seed: int = 0) -> list[ase.Atoms]:
+def pairs(numbers: Iterable[int], without: Iterable[int] = (), seed: int = 0) -> list[ase.Atoms]:
     """Two atoms at distances from contact to bonds long broken, of each two elements.
 
     Args:
-        numbers: atomic numbers in the training frames.
-        foreign: others that the model knows; each is paired with those of the frames.
+        numbers: atomic numbers.
+        without: pairs of these alone are left out.
         seed: chooses MOST_PAIRS where there would be more.
     """
-    own = sorted(set(numbers))
-    kinds = [(a, b) for i, a in enumerate(own) for b in own[i:]]
-    kinds += [(a, b) for a in own for b in sorted(set(foreign) - set(own))]
+    order, left_out = sorted(set(numbers)), set(without)
+    kinds = [(a, b) for i, a in enumerate(order) for b in order[i:] if not {a, b} <= left_out]
     grid = np.arange(CLOSEST, FARTHEST, STEP)
     found = [(a, b, d) for a, b in kinds for d in grid]
     if len(found) > MOST_PAIRS:

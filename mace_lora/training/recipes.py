@@ -14,7 +14,7 @@ _RECIPE: Mapping[str, object] = {
     "lr": 0.005,
     "schedule": "cosine",
     "optimizer": "adamw",
-    "weight_decay": 0.5,
+    "weight_decay": 0.2,
     "clip_grad": 1.0,
     "ema": True,
     "ema_decay": 0.999,

@@ -7,9 +7,9 @@ set -euo pipefail
 train=$1 test=$2 base=${3:-mini}
 
 mace_run_train --name=my_model --foundation_model="$base" \
-    --lora=True --lora_preset=max-accuracy --lr=0.005 --ema --ema_decay=0.999 \
+    --adapter=full --full_preset=balanced \
     --train_file="$train" --valid_fraction=0.1 --test_file="$test" \
-    --energy_weight=1000 --forces_weight=100 --batch_size=5 --max_num_epochs=100 \
+    --batch_size=5 --max_num_epochs=100 \
     --default_dtype=float64 --restart_latest "${@:4}"
 
 mace_lora info my_model_adapter --base "$base"

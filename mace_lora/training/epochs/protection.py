@@ -29,7 +29,8 @@ from mace_lora.upstream.types import Dataset, Graph
 
 SOURCES = 100  # training frames that distorted ones are made of
 DISTORTED = 200
-PAIRS_PER_STEP = 16  # and one distorted frame
+# Of each kind at a step: pairs of the elements in the frames, other pairs, distorted frames
+PER_STEP = (16, 8, 1)
 FREE, RELATIVE = 0.3, 0.1  # errors that cost nothing: eV/A, and a part of the start's force
 WEIGHT = 0.3  # of it, beside the loss's
 AT_ONCE = 16  # anchors that are labelled in one batch
@@ -75,8 +76,10 @@ class Protection:
         with disable_adapter(model):
             self._anchors = _anchors(model, dataset, seed)
         logging.info(
-            "Protected: the start's forces on {} pairs of atoms and {} distorted training frames "
-            "are kept up to {} eV/A and {:.0%}".format(*map(len, self._anchors), FREE, RELATIVE)
+            "Protected: the start's forces on {} pairs of the elements in the frames, {} other "
+            "pairs and {} distorted training frames are kept up to {} eV/A and {:.0%}".format(
+                *map(len, self._anchors), FREE, RELATIVE
+            )
         )
 
     def gradients(self, step: int) -> Gradients:
@@ -88,7 +91,7 @@ class Protection:
         rng = np.random.default_rng((self._seed, step))
         chosen = [
             kind[i]
-            for kind, n in zip(self._anchors, (PAIRS_PER_STEP, 1), strict=True)
+            for kind, n in zip(self._anchors, PER_STEP, strict=True)
             for i in rng.choice(len(kind), min(n, len(kind)), replace=False)
         ]
         batch = library.batch([anchor.graph for anchor in chosen]).to(self._device).to_dict()
@@ -125,17 +128,17 @@ def _clipped(gradients: Gradients, clip: float) -> Gradients:
 
 def _forces(model: torch.nn.Module, graphs: Sequence[Graph]) -> list[torch.Tensor]:
     """What `model` says of them, eV/A, (n_atoms, 3) each."""
+    if not graphs:
+        return []
     parts = [graphs[i : i + AT_ONCE] for i in range(0, len(graphs), AT_ONCE)]
     forces = predict(model, (library.batch(part) for part in parts))["forces"]
     return list(torch.split(forces, [len(graph.positions) for graph in graphs]))
 
 
-def _anchors(
-    model: torch.nn.Module, dataset: Dataset, seed: int
-) -> tuple[list[Anchor], list[Anchor]]:
-    """Pairs of atoms, and those distorted frames of the training set in which some force is larger
-    than in all frames that they are made of. What happens at smaller forces is not kept: there the
-    new theory holds, which frames far from the training set would be held back from.
+def _anchors(model: torch.nn.Module, dataset: Dataset, seed: int) -> list[list[Anchor]]:
+    """The kinds of PER_STEP: pairs of atoms, and those distorted frames of the training set in
+    which some force is larger than in all frames that they are made of. What happens at smaller
+    forces is not kept: there the new theory holds, which unseen molecules would be held back from.
     """
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:SOURCES]
     sources = [dataset[int(i)] for i in chosen]
@@ -143,9 +146,10 @@ def _anchors(
     frames = [_frame(graph, known) for graph in sources]
     present = {int(z) for frame in frames for z in frame.numbers}
     heads = itertools.cycle(sources)  # all those that are trained
+    scans = (anchors.pairs(present), anchors.pairs(known, without=present, seed=seed))
     pairs = [
-        _completed(g, next(heads), model)
-        for g in frames_to_data(anchors.pairs(present, known, seed), model)
+        [_completed(graph, next(heads), model) for graph in frames_to_data(scan, model)]
+        for scan in scans
     ]
     made, origins = anchors.distorted(frames, DISTORTED, seed)
     distorted = [
@@ -157,10 +161,14 @@ def _anchors(
         Anchor(graph, forces, forces.norm(dim=-1) > largest)
         for graph, forces in zip(distorted, _forces(model, distorted), strict=True)
     ]
-    return [
-        Anchor(graph, forces, torch.ones_like(forces[:, 0], dtype=torch.bool))
-        for graph, forces in zip(pairs, _forces(model, pairs), strict=True)
-    ], [anchor for anchor in beyond if anchor.counts.any()]
+    every = [
+        [
+            Anchor(graph, forces, torch.ones_like(forces[:, 0], dtype=torch.bool))
+            for graph, forces in zip(kind, _forces(model, kind), strict=True)
+        ]
+        for kind in pairs
+    ]
+    return [*every, [anchor for anchor in beyond if anchor.counts.any()]]
 
 
 def _frame(graph: Graph, known: Sequence[int]) -> ase.Atoms:
