@@ -143,7 +143,7 @@ def test_configurations_are_listed():
 def test_the_file_to_edit_is_the_command_of_the_readme():
     command = re.search(r"^mace_run_train .*?[^\\]$", (ROOT / "README.md").read_text(), re.S | re.M)
     flags = dict(re.findall(r"--(\w+)(?:=(\S+))?", command[0]))
-    content = yaml.safe_load((ROOT / "configs" / "lora.yaml").read_text())
+    content = yaml.safe_load((ROOT / "configs" / "finetune.yaml").read_text())
     for flag in {*flags} - {"test_file"}:
         value = yaml.safe_load(flags[flag] or "true")
         assert content[flag] == value, flag

@@ -181,12 +181,12 @@ def test_every_command_is_understood(document, command, only_parse, monkeypatch)
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("mace_run_train --config=configs/lora.yaml --lora_rnak=4", "lora_rnak"),
+        ("mace_run_train --config=configs/finetune.yaml --lora_rnak=4", "lora_rnak"),
         ("mace_lora merge --base mini --adapter a --out m.model --strength 2", "strength"),
         ("python scripts/study.py init --out a --epoch_number=2", "epoch_number"),
         ("scripts/reproduce.sh rmd17 aspirin --adapter=mmea --devise=cuda", "devise"),
         ("sbatch scripts/slurm/one_gpu.sbatch --nmae=my_model", "nmae"),
-        ("torchrun -m mace_lora train --config=configs/lora.yaml --eppochs=3", "eppochs"),
+        ("torchrun -m mace_lora train --config=configs/finetune.yaml --eppochs=3", "eppochs"),
         ("python scripts/bench_steps.py --frames a.xyz", "bench_steps.py"),
     ],
 )

@@ -21,8 +21,8 @@ def test_configurations_are_understood(path):
     content = yaml.safe_load(path.read_text())
     adapter = content.pop("adapter", None) or ("lora" if content.pop("lora", False) else None)
     assert (config.method if config else None) == adapter
-    if preset := content.pop("lora_preset", None):
-        assert config == AdapterConfig.create("lora", preset=preset)
+    if preset := content.pop(f"{adapter}_preset", None):
+        assert config == AdapterConfig.create(adapter, preset=preset)
     assert {key: getattr(args, key) for key in content} == content
 
 
