@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("api",),
     ("training",),
     ("results",),
+    ("trust",),
     ("frames",),
     ("upstream",),
     ("backends", "model"),

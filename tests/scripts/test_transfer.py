@@ -16,13 +16,14 @@ from helpers.frames import DATA, ethanol
 
 from mace_lora import load_foundation
 from mace_lora.errors import ConfigError, DataError
+from mace_lora.trust import frames as asked
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import fetch_data  # noqa: E402
 import reproduce  # noqa: E402
-from reproduction import download, foundation  # noqa: E402
+from reproduction import download, evaluation, foundation  # noqa: E402
 from reproduction.transfer import (  # noqa: E402
     assess,
     command,
@@ -33,34 +34,6 @@ from reproduction.transfer import (  # noqa: E402
     plan,
     table,
 )
-
-
-class PairFault(torch.nn.Module):
-    """A model with one more energy for pairs closer than 0.8 A: `strength` * (0.8 - d)**2 eV."""
-
-    def __init__(self, model: torch.nn.Module, strength: float) -> None:
-        super().__init__()
-        self.model = model
-        self.strength = strength
-        self.heads = model.heads
-        self.atomic_energies_fn = model.atomic_energies_fn
-        for name in ("atomic_numbers", "r_max"):
-            self.register_buffer(name, getattr(model, name))
-
-    def forward(self, data: dict[str, torch.Tensor], **keywords: object) -> dict[str, torch.Tensor]:
-        output = dict(self.model(data, **keywords))
-        positions = data["positions"].detach().requires_grad_()
-        sender, receiver = data["edge_index"]
-        lengths = torch.linalg.norm(positions[receiver] - positions[sender], dim=1)
-        pairs = self.strength * torch.relu(0.8 - lengths) ** 2 / 2  # each pair is there twice
-        per_atom = torch.zeros_like(positions[:, 0]).index_add(0, sender, pairs)
-        (gradient,) = torch.autograd.grad(per_atom.sum(), positions)
-        energy = output["energy"]
-        output["energy"] = energy + torch.zeros_like(energy).index_add(
-            0, data["batch"], per_atom.detach()
-        )
-        output["forces"] = output["forces"] - gradient
-        return output
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +48,9 @@ def questions() -> frames.Questions:
         valid=ethanol("valid", 4),
         target=found,
         others={"ethanol": found},
-        broad={"mild": frames.molecules([1, 8], 0.06)},
-        dimers=frames.dimers([1, 8]),
-        compressed=frames.compressed(found[:2]),
+        broad={"mild": asked.molecules([1, 8], 0.06)},
+        dimers=asked.dimers([1, 8]),
+        compressed=asked.compressed(found[:2]),
     )
 
 
@@ -104,50 +77,12 @@ def test_other_e0s_are_not_forgetting(mini, questions):
 def test_errors_are_mean_absolute_ones(mini):
     """Labels at known distances from the predictions."""
     found = ethanol("test", 2)
-    answers = measures.predictions(mini, found)
+    answers = evaluation.predictions(mini, found)
     for i, frame in enumerate(found):
         frame.info["REF_energy"] = answers.energy[i] + 9 * (0.010 + 0.002 * (-1) ** i)
         frame.arrays["REF_forces"] = answers.forces[9 * i : 9 * (i + 1)] + 0.05
     errors = measures.against_labels(mini, found)
     assert errors == pytest.approx({"forces": 50.0, "energy": 2.0, "energy_absolute": 10.0})
-
-
-def test_a_hole_is_found_where_it_is(mini):
-    scans = frames.dimers([1, 8])
-    assert [scan.name for scan in scans] == ["H2", "HO", "O2"]
-    found = measures.wall(PairFault(mini, -1e5), mini, scans)
-    assert found["where"] == ["H2", "HO", "O2"]
-    assert found["holes"] == 3
-    steeper = measures.wall(PairFault(mini, 1e5), mini, scans)
-    assert steeper["holes"] == 0
-    # the same force more or less, by hand: 2e5 * (0.8 - d) on each atom along one axis of three
-    inside = [0.8 - d for d in frames.DISTANCES if d < 0.8]
-    by_hand = 2e5 * sum(inside) / len(frames.DISTANCES) / 3
-    for error in (found["forces"], steeper["forces"]):
-        assert error == pytest.approx(by_hand, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("model", "start", "expected"),
-    [
-        ([0.0, 1.0, 3.0], [0.0, 1.0, 2.0], False),
-        ([0.0, 1.0, 0.5], [0.0, 1.0, 2.0], True),
-        ([0.0, 1.0, 0.5], [0.0, 1.0, 0.5], False),  # the start falls there, too
-        ([0.0, -0.02, 2.0], [0.0, 0.02, 2.0], False),  # a minimum that moved a little
-        ([0.0, 1.0, float("nan")], [0.0, 1.0, 2.0], True),
-    ],
-)
-def test_what_a_hole_is(model, start, expected):
-    assert measures.holes(np.array(model), np.array(start)) is expected
-
-
-def test_broad_molecules_are_those_of_the_known_elements():
-    water = frames.molecules([1, 8], 0.06)
-    assert {str(m.symbols) for m in water} == {"OH2", "O2H2", "O3"}
-    everything = frames.molecules([1, 6, 7, 8], 0.06)
-    assert len(everything) > 50
-    same = [m for m in everything if set(m.numbers) <= {1, 8}]
-    assert all(np.array_equal(a.positions, b.positions) for a, b in zip(water, same, strict=True))
 
 
 def test_sets_with_foreign_elements_are_named():
@@ -170,24 +105,6 @@ def test_dynamics_lasts_with_a_good_model_and_breaks_with_a_bad_one(mini):
     assert broken["ps_500K"] < 0.02
     assert broken["runs"][0][3] in ("a bond broke", "too hot", "atoms collapsed")
     assert broken["nve_drift"] == float("inf")
-
-
-@pytest.mark.parametrize(
-    ("positions", "expected"),
-    [
-        ([[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]], ""),
-        ([[0, 0, 0], [2.5, 0, 0], [-0.24, 0.93, 0]], "a bond broke"),
-        ([[0, 0, 0], [0.96, 0, 0], [0.96, 0.1, 0]], "atoms collapsed"),
-        ([[0, 0, 0], [np.nan, 0, 0], [-0.24, 0.93, 0]], "not a number"),
-    ],
-)
-def test_what_is_broken(positions, expected):
-    water = Atoms("OHH", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
-    health = dynamics.Health(water, kelvin=300.0)
-    assert health.trouble(Atoms("OHH", positions)) == expected
-    if not expected:
-        hot = Atoms("OHH", positions, momenta=np.ones((3, 3)))
-        assert health.trouble(hot) == "too hot"
 
 
 def result(method: str, rate: float, valid: float, value: float, **changes: object) -> dict:

@@ -13,6 +13,7 @@ import torch
 
 from mace_lora.files import whole_file
 from mace_lora.model.description import atomic_numbers
+from mace_lora.trust.measures import against_start, answers, wall
 from reproduction import evaluation
 from reproduction.transfer import measures, plan
 from reproduction.transfer.dynamics import Lengths, simulate
@@ -66,9 +67,7 @@ def compare(model: torch.nn.Module, start: torch.nn.Module, questions: Questions
     """All errors of `model`, where labels are missing those against `start`."""
     labelled = {name: measures.against_labels(model, f) for name, f in questions.others.items()}
     kept = {
-        name: measures.against_start(
-            measures.answers(model, frames), measures.answers(start, frames), frames
-        )
+        name: against_start(answers(model, frames), answers(start, frames), frames)
         for name, frames in questions.broad.items()
     }
     return {
@@ -76,8 +75,8 @@ def compare(model: torch.nn.Module, start: torch.nn.Module, questions: Questions
         "target": measures.against_labels(model, questions.target),
         "others": labelled,
         "kept": kept,
-        "dimers": measures.wall(model, start, questions.dimers),
-        "compressed": measures.wall(model, start, questions.compressed),
+        "dimers": wall(model, start, questions.dimers),
+        "compressed": wall(model, start, questions.compressed),
     }
 
 

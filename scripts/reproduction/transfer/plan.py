@@ -16,6 +16,7 @@ from mace_lora import load_foundation
 from mace_lora.errors import ConfigError
 from mace_lora.files import whole_file
 from mace_lora.model.description import atomic_numbers
+from mace_lora.trust import frames as asked
 from reproduction import datasets, foundation, protocol, runs
 from reproduction.datasets import System
 from reproduction.transfer import frames
@@ -163,9 +164,9 @@ def questions(
         valid=ase.io.read(data / "valid.xyz", index=":"),
         target=target[: n.test],
         others=fit,
-        broad={k: frames.molecules(known, s) for k, s in frames.RATTLES.items()},
-        dimers=frames.dimers(known),
-        compressed=frames.compressed(target[: n.compressed]),
+        broad={k: asked.molecules(known, s) for k, s in asked.RATTLES.items()},
+        dimers=asked.dimers(known),
+        compressed=asked.compressed(target[: n.compressed]),
         notes=notes + left_out,
     )
 

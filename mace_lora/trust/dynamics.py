@@ -1,0 +1,172 @@
+"""Molecular dynamics until it breaks, and the drift of the energy where it may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.md.langevin import Langevin
+from ase.md.md import MolecularDynamics
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.verlet import VelocityVerlet
+
+from mace_lora.model.description import heads
+from mace_lora.trust.frames import relative_distances, scaled
+from mace_lora.upstream import library
+
+BONDED = 1.25  # sums of covalent radii: closer pairs of the first frame are bonds
+LONGEST = 1.8  # sums of covalent radii: a bond that is longer is broken
+SHORTEST = 0.5  # sums of covalent radii: no pair may come closer
+HOTTEST = 4.0  # times the thermostat's temperature, in small molecules well above fluctuations
+SAMPLE = 10  # steps between two energies of NVE
+FRICTION = 0.01 / units.fs
+NVE_KELVIN = 300.0
+STEP_FS = 0.5
+
+
+@dataclass
+class Path:
+    """What became of a run.
+
+    Attributes:
+        ps: picoseconds until it broke, or its whole length.
+        kelvin: of the thermostat then.
+        trouble: how it broke, "" if it did not.
+        times, values: ps, and the total energy (meV per atom) or the temperature (K), each
+            SAMPLE steps.
+    """
+
+    ps: float = 0.0
+    kelvin: float = 0.0
+    trouble: str = ""
+    times: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+
+class Health:
+    """Tells whether a molecule is still the one that it was at the start."""
+
+    def __init__(self, atoms: Atoms, kelvin: float) -> None:
+        self.bonds = relative_distances(atoms) < BONDED
+        self.hottest = HOTTEST * kelvin
+
+    def trouble(self, atoms: Atoms) -> str:
+        """What is wrong, or ""."""
+        if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.get_momenta()).all()):
+            return "not a number"
+        distances = relative_distances(atoms)
+        if (distances[self.bonds] > LONGEST).any():
+            return "a bond broke"
+        if (distances < SHORTEST).any():
+            return "atoms collapsed"
+        return "too hot" if atoms.get_temperature() > self.hottest else ""
+
+
+def prepared(
+    frame: Atoms, model: torch.nn.Module, kelvin: float, seed: int, head: str | None = None
+) -> Atoms:
+    """The atoms of a frame with velocities of a temperature, computed by `model`, which from then
+    on asks for no gradients of its parameters.
+    """
+    atoms = scaled(frame, 1.0)
+    own = next(model.parameters())
+    atoms.calc = library.calculator(
+        [model],
+        device=str(own.device),
+        default_dtype=str(own.dtype).removeprefix("torch."),
+        head=head or heads(model)[-1],
+    )
+    MaxwellBoltzmannDistribution(atoms, temperature_K=kelvin, rng=np.random.default_rng(seed))
+    return atoms
+
+
+def langevin(
+    model: torch.nn.Module,
+    frame: Atoms,
+    kelvin: Callable[[float], float],
+    ps: float,
+    seed: int = 0,
+    step_fs: float = STEP_FS,
+    head: str | None = None,
+) -> Path:
+    """Langevin dynamics until the molecule breaks.
+
+    Args:
+        model: with one head or several.
+        frame: where it begins.
+        kelvin: gives the temperature of the thermostat at a time, 0 at the start and 1 at the end.
+        ps: the length, if nothing breaks.
+        seed: of velocities and thermostat.
+        step_fs: the time step.
+        head: of the model, the last one if None.
+    """
+    atoms = prepared(frame, model, kelvin(0.0), seed, head)
+    health = Health(atoms, kelvin(0.0))
+    dynamics = Langevin(
+        atoms,
+        step_fs * units.fs,
+        temperature_K=kelvin(0.0),
+        friction=FRICTION,
+        rng=np.random.default_rng(seed + 1000),
+    )
+    path, n = Path(), steps(ps, step_fs)
+    for step in range(1, n + 1):
+        path.kelvin = kelvin(step / n)
+        dynamics.set_temperature(temperature_K=path.kelvin)
+        health.hottest = HOTTEST * path.kelvin
+        path.trouble = _step(dynamics, health)
+        path.ps = step * step_fs / 1e3
+        if path.trouble:
+            return path
+        if step % SAMPLE == 0:
+            path.times.append(path.ps)
+            path.values.append(float(atoms.get_temperature()))
+    path.ps = ps
+    return path
+
+
+def nve(
+    model: torch.nn.Module,
+    frame: Atoms,
+    ps: float,
+    seed: int = 0,
+    step_fs: float = STEP_FS,
+    head: str | None = None,
+) -> Path:
+    """Dynamics at constant energy from NVE_KELVIN; the arguments are those of `langevin`."""
+    atoms = prepared(frame, model, NVE_KELVIN, seed, head)
+    health = Health(atoms, NVE_KELVIN)
+    dynamics = VelocityVerlet(atoms, step_fs * units.fs)
+    path = Path(kelvin=NVE_KELVIN)
+    for step in range(max(steps(ps, step_fs), 2 * SAMPLE)):
+        path.trouble = _step(dynamics, health)
+        path.ps = step * step_fs / 1e3
+        if path.trouble:
+            return path
+        if step % SAMPLE == 0:
+            path.times.append(path.ps)
+            path.values.append(1e3 * float(atoms.get_total_energy()) / len(atoms))
+    return path
+
+
+def drift(path: Path) -> float:
+    """The slope of the total energy with time, without its sign, in meV per atom and ps; infinite
+    where the molecule broke.
+    """
+    if path.trouble:
+        return float("inf")
+    return abs(float(np.polyfit(path.times, path.values, 1)[0]))
+
+
+def steps(ps: float, step_fs: float = STEP_FS) -> int:
+    return max(1, round(1e3 * ps / step_fs))
+
+
+def _step(dynamics: MolecularDynamics, health: Health) -> str:
+    """One step, and what is wrong after it: neighbours of atoms at infinity can't be counted."""
+    with np.errstate(all="ignore"):  # a broken molecule may overflow
+        dynamics.run(1)
+    return health.trouble(dynamics.atoms)
