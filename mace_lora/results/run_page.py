@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -43,6 +43,7 @@ def write(
     model: torch.nn.Module,
     valid_sets: dict[str, Dataset],
     files: Callable[[], dict[str, str]],
+    trust: Sequence[str],
 ) -> Path:
     """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
 
@@ -56,6 +57,7 @@ def write(
         model: the merged model of the last stage.
         valid_sets: validation data sets by head.
         files: gives what the run left, and what each is.
+        trust: verdicts on what the model does away from the training frames.
     """
     folder, name, batch_size = Path(args.model_dir), args.name, args.valid_batch_size
     sets = [
@@ -72,6 +74,8 @@ def write(
     _results(page, args, history, sets, name)
     page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
     page.picture(picture, "predictions against labels")
+    page.section("Away from the training frames")
+    page.points([*trust, "for more: mace_lora trust"])
     _data(page, args, n_training, model, sets)
     _method(page, config, injected)
     _use(page, args, {**files(), str(path): "this page"})

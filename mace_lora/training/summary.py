@@ -7,6 +7,8 @@ import logging
 from mace_lora.results import run_page
 from mace_lora.training.files.saving import files_left
 from mace_lora.training.record import Run
+from mace_lora.trust import checks
+from mace_lora.trust.frames import dimers
 
 
 def write(run: Run) -> None:
@@ -36,6 +38,19 @@ def _log_errors(run: Run) -> None:
         )
 
 
+def _trust(run: Run) -> list[str]:
+    """What `mace_lora trust` would say without dynamics, and without molecules: in seconds."""
+    asked = checks.Asked(run.saved.model, getattr(run, "foundation", None), ps=0.0)
+    found = [
+        checks.check_e0s(asked),
+        checks.check_wall(asked, "pairs of atoms", dimers(asked.elements), checks.WALL),
+    ]
+    for check in found:
+        if check.verdict == checks.FAIL:
+            logging.warning(f"Not to be trusted away from the training frames: {check}")
+    return [str(check) for check in found]
+
+
 def _write_page(run: Run) -> None:
     try:
         run_page.write(
@@ -48,6 +63,7 @@ def _write_page(run: Run) -> None:
             run.saved.model,
             run.trained.valid_sets,
             lambda: files_left(run),
+            _trust(run),
         )
     except Exception as error:  # the models are saved, and a page is no reason to fail
         logging.warning(f"no report: {type(error).__name__}: {error}")

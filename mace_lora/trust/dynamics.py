@@ -110,6 +110,7 @@ def langevin(
         step_fs * units.fs,
         temperature_K=kelvin(0.0),
         friction=FRICTION,
+        fixcm=False,  # where a molecule drifts to is nothing to it
         rng=np.random.default_rng(seed + 1000),
     )
     path, n = Path(), steps(ps, step_fs)

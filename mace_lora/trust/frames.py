@@ -52,7 +52,7 @@ def relative_distances(atoms: Atoms) -> np.ndarray:
     distances = atoms.get_all_distances(mic=bool(atoms.pbc.any()))
     distances = distances / (radii[:, None] + radii[None, :])
     np.fill_diagonal(distances, np.inf)
-    return distances
+    return np.asarray(distances)
 
 
 def dimer(a: int, b: int) -> Scan:

@@ -60,7 +60,7 @@ def _batches(frames: list[Atoms]) -> Iterator[list[Atoms]]:
 def e0s(model: torch.nn.Module, head: str | None = None) -> dict[int, float]:
     """E0s (eV) of a head, the last one if None, by atomic number."""
     row = heads(model).index(head) if head else -1
-    energies = torch.as_tensor(model.atomic_energies_fn.atomic_energies).detach()
+    energies = model.get_submodule("atomic_energies_fn").get_buffer("atomic_energies").detach()
     numbers = atomic_numbers(model)
     values = energies.reshape(-1, len(numbers))[row]
     return dict(zip(numbers, values.tolist(), strict=True))
