@@ -198,8 +198,8 @@ def _rises(scan: Scan, found: Answers) -> bool:
 def _draw(asked: Asked, scan: Scan, one: Answers, other: Answers) -> None:
     x = [float(f.get_distance(0, 1)) for f in scan.frames if len(f) == 2]
     if x:
-        lines = {"model": one.energy.tolist(), "start": other.energy.tolist()}
-        asked.curves[scan.name] = {name: (x, y) for name, y in lines.items()}
+        lines = {"start": other.energy, "model": one.energy}
+        asked.curves[scan.name] = {k: (x, (y - y[0]).tolist()) for k, y in lines.items()}
 
 
 def check_ordinary(asked: Asked) -> Iterator[Check]:

@@ -33,7 +33,7 @@ def write(path: Path, title: str, asked: Asked, checks: Sequence[Check]) -> None
 
 
 def _draw(asked: Asked, path: Path) -> None:
-    """One column of pictures, which a phone can show as well."""
+    """Two pictures side by side, which a phone can show as well."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,9 +47,9 @@ def _draw(asked: Asked, path: Path) -> None:
         axis.set_title(title, fontsize=11)
         pair = title != "equation of state"
         axis.set_xlabel("distance, Å" if pair else "length of the cell, relative", fontsize=9)
-        axis.set_ylabel("eV" if pair else "eV per atom", fontsize=9)
+        axis.set_ylabel("eV, 0 at 3 Å" if pair else "eV per atom", fontsize=9)
         if pair:  # the walls themselves are hundreds of eV high
-            axis.set_ylim(-15, 40)
+            axis.set_ylim(-10, 40)
     for axis in list(axes.flat)[n:]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=9)
