@@ -50,6 +50,7 @@ def questions() -> frames.Questions:
         others={"ethanol": found},
         broad={"mild": asked.molecules([1, 8], 0.06)},
         dimers=asked.dimers([1, 8]),
+        foreign=[asked.dimer(6, 8)],
         compressed=asked.compressed(found[:2]),
     )
 
@@ -57,7 +58,7 @@ def questions() -> frames.Questions:
 def test_a_model_is_at_no_distance_from_itself(mini, questions):
     found = assess.compare(copy.deepcopy(mini), mini, questions)
     assert found["kept"]["mild"] == {"forces": 0.0, "energy": 0.0}
-    for wall in (found["dimers"], found["compressed"]):
+    for wall in (found["dimers"], found["foreign"], found["compressed"]):
         assert wall == {"forces": 0.0, "relative": 0.0, "holes": 0, "where": []}
 
 
@@ -116,7 +117,8 @@ def result(method: str, rate: float, valid: float, value: float, **changes: obje
         **{"baseline": method.startswith("full"), "trainable_parameters": 1234},
         **{"seconds_per_step": 0.1, "seconds": 50.0, "target": errors},
         **{"valid": {"forces": valid, "energy": valid}, "others": {"uracil": errors}},
-        **{"kept": {"mild": errors, "strong": errors}, "dimers": wall, "compressed": wall},
+        **{"kept": {"mild": errors, "strong": errors}, "dimers": wall},
+        **{"foreign": None, "compressed": wall},
         **changes,
     }
 

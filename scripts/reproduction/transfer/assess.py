@@ -76,6 +76,7 @@ def compare(model: torch.nn.Module, start: torch.nn.Module, questions: Questions
         "others": labelled,
         "kept": kept,
         "dimers": wall(model, start, questions.dimers),
+        "foreign": wall(model, start, questions.foreign) if questions.foreign else None,
         "compressed": wall(model, start, questions.compressed),
     }
 

@@ -18,7 +18,8 @@ class Questions:
     target: list[Atoms]
     others: dict[str, list[Atoms]]
     broad: dict[str, list[Atoms]]
-    dimers: list[Scan]
+    dimers: list[Scan]  # of the elements of the training frames
+    foreign: list[Scan]  # with one or two other elements of the foundation model
     compressed: list[Scan]
     notes: list[str] = field(default_factory=list)
 
@@ -28,14 +29,14 @@ def askable(
 ) -> tuple[dict[str, list[Atoms]], list[str]]:
     """The sets whose elements a model knows, and a note on each of the rest."""
     known = set(numbers)
-    fit = {name: frames for name, frames in sets.items() if _elements(frames) <= known}
+    fit = {name: frames for name, frames in sets.items() if elements(frames) <= known}
     notes = []
     for name, frames in sets.items():
         if name not in fit:
-            foreign = Atoms(sorted(_elements(frames) - known)).get_chemical_symbols()
+            foreign = Atoms(sorted(elements(frames) - known)).get_chemical_symbols()
             notes.append(f"{name} is left out: the model doesn't know {', '.join(foreign)}")
     return fit, notes
 
 
-def _elements(frames: list[Atoms]) -> set[int]:
+def elements(frames: list[Atoms]) -> set[int]:
     return {int(z) for frame in frames for z in frame.numbers}

@@ -159,13 +159,15 @@ def questions(
     if dataset == "rmd17":
         folders = [data.parent / name for name in others.split(",") if name != data.name]
         tests = {f.name: ase.io.read(f / "test_MD.xyz", index=":") for f in folders}
+    own = frames.elements(target)
     fit, left_out = frames.askable({k: v[: n.others] for k, v in tests.items()}, known)
     return frames.Questions(
         valid=ase.io.read(data / "valid.xyz", index=":"),
         target=target[: n.test],
         others=fit,
         broad={k: asked.molecules(known, s) for k, s in asked.RATTLES.items()},
-        dimers=asked.dimers(known),
+        dimers=asked.dimers(own),
+        foreign=[asked.dimer(a, b) for a, b in asked.pairs(known) if not {a, b} <= own],
         compressed=asked.compressed(target[: n.compressed]),
         notes=notes + left_out,
     )

@@ -23,6 +23,10 @@ def _truth(r: Found) -> float | None:
     return r["truth"]["after"]["forces_mae"] if "truth" in r else None
 
 
+def _foreign(r: Found) -> float | None:
+    return r["foreign"]["relative"] if r["foreign"] else None
+
+
 # Columns: heading, value of a run, whether a ratio to the best baseline says anything
 COLUMNS: dict[str, tuple[str, Callable[[Found], float | None], bool]] = {
     "target_forces": ("target F", lambda r: r["target"]["forces"], True),
@@ -33,8 +37,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Found], float | None], bool]] = {
     "kept_mild": ("kept, mild F", lambda r: r["kept"]["mild"]["forces"], True),
     "kept_strong": ("kept, strong F", lambda r: r["kept"]["strong"]["forces"], True),
     "truth": ("kept, labels F", _truth, True),
-    "wall_dimers": ("wall, dimers F", lambda r: r["dimers"]["forces"], True),
-    "wall_dimers_relative": ("wall, dimers", lambda r: r["dimers"]["relative"], True),
+    "wall_dimers": ("wall, pairs F", lambda r: r["dimers"]["forces"], True),
+    "wall_dimers_relative": ("wall, pairs", lambda r: r["dimers"]["relative"], True),
+    "wall_foreign_relative": ("wall, foreign pairs", _foreign, True),
     "wall_compressed_relative": ("wall, compressed", lambda r: r["compressed"]["relative"], True),
     "wall_compressed": ("wall, compressed F", lambda r: r["compressed"]["forces"], True),
     "holes": ("holes", lambda r: r["dimers"]["holes"] + r["compressed"]["holes"], False),
