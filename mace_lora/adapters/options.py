@@ -227,8 +227,8 @@ def check_alpha(name: str, value: object) -> None:
 class LoraOptions(LowRankOptions):
     """Options of `--adapter=lora`; rank and alpha are mace-torch's own flags."""
 
-    # Chosen on aspirin, acetylacetone and ethanol from `mini`, see this folder's README; the rest of
-    # the recipes is in training/recipes.py
+    # Chosen on aspirin, acetylacetone and ethanol from `mini`, see this folder's README; the
+    # rest of the recipes is in training/recipes.py
     presets: ClassVar[dict[str, dict[str, object]]] = {
         "small-data": {"rank": 4, "alpha": 4.0, "targets": ("default",)},
         "balanced": {"rank": 6, "alpha": 6.0, "targets": ("all",)},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-import ase
+import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.build import bulk
 from helpers.frames import ethanol
 from helpers.running import here, short_run
 
@@ -145,3 +146,42 @@ def test_gradients_join_at_the_optimisers_steps_alone():
 def test_lbfgs_is_refused(tmp_path, small_data, foundation):
     flags = short_run(small_data, foundation, "--protect=True", "--lbfgs")
     assert "leave one of them out" in here(tmp_path, *flags)
+
+
+@pytest.mark.parametrize("name", ["two_heads_biased_readout", "density_zbl_agnesi", "charge_spin"])
+def test_every_kind_of_model_in_every_backend(build, name):
+    """Anchors have the heads, charges and spins of the frames that they are made of."""
+    model = build(name)
+    inject(model, AdapterConfig.create("full"))
+    dataset = frames_to_data(ethanol("train", 5), model)
+    guards = [Protection(model, dataset, Computing(way), 3, 5) for way in ("eager", "fused")]
+    randomise_(model, 1)
+    with torch.no_grad():  # so that errors exceed what is free
+        for parameter in adapter_parameters(model).values():
+            parameter *= 30
+    eager, fused = (guard.gradients(0) for guard in guards)
+    assert eager.keys() == fused.keys()
+    largest = max(g.abs().max() for g in eager.values())
+    assert largest > 0
+    assert all((eager[p] - fused[p]).abs().max() <= 1e-10 * largest for p in eager)
+
+
+@pytest.mark.slow
+def test_crystals_with_stress(tmp_path, foundation):
+    """Periodic anchors beside a loss of stresses; the merge is proved as ever."""
+    rng = np.random.default_rng(1)
+    frames = []
+    for _ in range(6):
+        atoms = bulk("C", "diamond", a=3.6, cubic=True)
+        atoms.rattle(0.05, rng=rng)
+        atoms.info |= {"REF_energy": -70.0 + rng.normal(), "REF_stress": 0.01 * np.eye(3)}
+        atoms.arrays["REF_forces"] = rng.normal(scale=0.3, size=(8, 3))
+        frames.append(atoms)
+    path = tmp_path / "crystals.xyz"
+    ase.io.write(path, frames)
+    files = {"train": str(path), "valid": str(path)}
+    flags = ["--max_num_epochs=2", "--loss=universal", "--stress_weight=1", "--protect=True"]
+    assert here(tmp_path, *short_run(files, foundation, "--batch_size=2", *flags)) == ""
+    said = (tmp_path / "logs").glob("*.log")
+    assert "distorted training frames are kept" in next(iter(said)).read_text()
+    assert (tmp_path / "run.model").exists()
