@@ -109,6 +109,10 @@ def test_energies_off_the_labels_fail(mini):
         check = checks.check_offset(Asked(mini, frames=frames, energies=per_atom + shift))
         assert check.verdict == verdict
         assert check.value == pytest.approx(abs(shift), abs=1e-9)
+    untouched = checks.check_offset(Asked(mini, mini, frames, per_atom - 400.0))
+    assert untouched.verdict == PASS  # labels of another theory are no fault of the start
+    worse = checks.check_offset(Asked(with_e0s(mini, [-40.0] * 4), mini, frames, per_atom))
+    assert worse.verdict == FAIL
 
 
 def test_an_equation_of_state_upside_down_fails(mini):
