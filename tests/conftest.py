@@ -23,6 +23,7 @@ def _as_if_alone(monkeypatch):
     """What a command run inside a test changes in the process is put back: whichever tests run, in
     whatever order, each starts with the same switches, log, folder and random numbers."""
     root = logging.getLogger()
+    root.setLevel(logging.WARNING)  # a fixture of a whole module may have run a command before
     log = root.level, root.handlers[:], root.filters[:]
     folder, default, environment = Path.cwd(), torch.get_default_dtype(), dict(os.environ)
     torch.manual_seed(0)
