@@ -16,7 +16,7 @@ from mace_lora.frames.isolated_atoms import known_theories, settle
 ETHANOL = np.array([6, 6, 8, 1, 1, 1, 1, 1, 1])
 WATER, METHANE = np.array([8, 1, 1]), np.array([6, 1, 1, 1, 1])
 DFT = {1: -13.6, 6: -1029.5, 8: -2042.0}  # eV, as of most functionals with all electrons
-PBE = {1: -13.57, 6: -1026.85, 8: -2037.8}  # in def2-SVP, as rMD17
+PBE = {1: -13.57, 6: -1027.26, 8: -2038.53}  # in def2-SVP, as rMD17
 VALENCE = {1: -1.1, 6: -1.3, 8: -1.6}
 URACIL = Path(__file__).parents[1] / "data" / "uracil.xyz"
 
@@ -76,20 +76,20 @@ def test_elements_in_no_frame_keep_theirs():
 
 
 def test_the_tables_tell_their_theories_apart():
-    """H, C and O in each; all electrons by hundreds of eV below valence electrons."""
+    """H, C, N and O in each; all electrons by hundreds of eV below valence electrons."""
     tables = known_theories()
-    assert all({1, 6, 8} <= table.keys() for table in tables.values())
+    assert all({1, 6, 7, 8} <= table.keys() for table in tables.values())
     assert tables["wB97X, all electrons"][6] < tables["PBE, valence electrons"][6] - 900
 
 
 def test_a_theory_without_one_of_the_elements_is_passed_over():
-    """Frames with N can't follow a table that ends before it, however near the rest would be."""
-    labels = {**PBE, 7: -1481.0}
-    uracil = np.repeat([6, 1, 7, 8], [4, 4, 2, 2])
-    foundation = {1: -10.7, 6: -48.8, 7: -70.9, 8: -102.5}
-    choice = settle(spread(labels, uracil), foundation, [uracil])
-    assert 7 not in known_theories()["PBE, all electrons"]
-    assert choice.theory == "wB97X, all electrons"
+    """Frames with Br can't follow a table that ends before it, however near the rest would be."""
+    labels = {**PBE, 35: -70045.0}
+    bromomethane = np.repeat([6, 1, 35], [1, 3, 1])
+    foundation = {1: -10.7, 6: -48.8, 35: -110.0}
+    choice = settle(spread(labels, bromomethane), foundation, [bromomethane])
+    assert 35 not in known_theories()["PBE, all electrons"]
+    assert choice.theory == "wB97M-D3(BJ), all electrons"
 
 
 def final_e0s(folder: Path) -> dict[int, float]:
@@ -145,6 +145,6 @@ def test_heads_of_different_elements(tmp_path, small_data):
     rows = model.atomic_energies_fn.atomic_energies.double()
     assert model.atomic_numbers.tolist() == [1, 6, 7, 8]
     by_head = dict(zip(model.heads, rows.tolist(), strict=True))
-    assert by_head["uracil"] == pytest.approx([-13.6, -1029.0, -1485.0, -2042.0], abs=5)
+    assert by_head["uracil"] == pytest.approx([-13.57, -1027.26, -1482.11, -2038.53], abs=2)
     h, c, _, o = by_head["ethanol"]
     assert [h, c, o] == pytest.approx(list(PBE.values()), abs=1.2)
