@@ -7,7 +7,7 @@ one is taken and told; otherwise a message says what the file has, with flags re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ase
@@ -68,7 +68,7 @@ def find(
     path: str,
     frames: Sequence[ase.Atoms],
     asked: Mapping[str, str],
-    wanted: Iterable[str] = EVIDENT_LABELS,
+    wanted: Collection[str] = EVIDENT_LABELS,
     inputs: Mapping[str, Input] | None = None,
 ) -> Keys:
     """The keys under which a file holds labels and inputs of a model.
@@ -175,7 +175,7 @@ def _fits(name: str, value: object, n_atoms: int) -> bool:
 
 
 def _evident_labels(
-    frames: Sequence[ase.Atoms], asked: Mapping[str, str], wanted: Iterable[str]
+    frames: Sequence[ase.Atoms], asked: Mapping[str, str], wanted: Collection[str]
 ) -> dict[str, str]:
     """Labels that no frame has under mace-torch's own key, and all under ASE's name for them."""
     present = {
@@ -186,8 +186,8 @@ def _evident_labels(
         return {}
     lacking = [
         label
-        for label in wanted
-        if label in EVIDENT_LABELS
+        for label in EVIDENT_LABELS  # in this order, whatever that of `wanted`
+        if label in wanted
         and label not in present
         and asked.get(label, DEFAULTS[label]) == DEFAULTS[label]
     ]

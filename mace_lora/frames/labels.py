@@ -58,8 +58,8 @@ def labels(atoms: ase.Atoms, keys: Mapping[str, str]) -> dict[str, Array]:
         DataError: a label is a text, or of a wrong shape; the caller adds file and frame.
     """
     found = {}
-    for name in DEFAULT_KEYS.keys() & keys.keys():
-        value = under(atoms, keys[name])
+    for name in DEFAULT_KEYS:
+        value = under(atoms, keys[name]) if name in keys else None
         if value is not None:
             found[name] = in_shape(name, value, len(atoms), f"{name} (key {keys[name]!r})")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import ase
@@ -61,7 +61,7 @@ class XyzFrames:
         keys: Mapping[str, str],
         head: str = "Default",
         type_weights: Mapping[object, float] | None = None,
-        wanted: Iterable[str] = (),
+        wanted: Collection[str] = (),
         inputs: Mapping[str, Input] | None = None,
     ) -> None:
         self.path = path

@@ -83,10 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
             keywords |= {"type": _boolean, "nargs": "?", "const": True}
         ours.add_argument(f"--{field.name}", default=_Default(field.default), **keywords)
     # whose defaults are not everybody's
-    for name in {"lora", "multiheads_finetuning", *recipes.FLAGS} - {
-        f.name for f in RunOptions.flags()
-    }:
-        parser.set_defaults(**{name: _Default(parser.get_default(name))})
+    own = {field.name for field in RunOptions.flags()}
+    for name in ("lora", "multiheads_finetuning", *recipes.FLAGS):
+        if name not in own:
+            parser.set_defaults(**{name: _Default(parser.get_default(name))})
     needed = parser.add_argument_group("what a fine-tuning needs (mace-torch)")
     parsing.move_flags(parser, _NEEDED, needed)
     parsing.order_groups(parser, [ours, needed], rest="all other flags (mace-torch)")

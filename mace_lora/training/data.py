@@ -190,7 +190,7 @@ class Data:
             graphs.key_names(key_specification),
             head_name,
             config_type_weights,
-            wanted=() if no_data_ok else {"energy", "forces", *rules.needed, *rules.welcome},
+            wanted=() if no_data_ok else ("energy", "forces", *rules.needed, *rules.welcome),
             inputs=rules.inputs,
         )
         if extract_atomic_energies:
@@ -221,8 +221,9 @@ class Data:
 
     def refuse_missing_labels(self) -> None:
         """Raises DataError where the loss needs a label that no training frame has at all."""
-        for label in self._lacking.keys() - self._labelled:
-            raise DataError(f"{self._lacking[label]}; or train without it: --{label}_weight=0")
+        for label, sentence in self._lacking.items():
+            if label not in self._labelled:
+                raise DataError(f"{sentence}; or train without it: --{label}_weight=0")
 
     # ------------------------------------------------------------------ HDF5 and LMDB
 
