@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mace_lora.commands import common
-from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.errors import ConfigError
 from mace_lora.parsing import ExistingFile
 from mace_lora.upstream.known import ExistingModel
 
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         common.check_folder(options.output, "output")
     import torch
 
+    from mace_lora.model.description import check_head
     from mace_lora.trust.checks import FAIL, Asked, all_checks
 
     loaded = common.load(options.model, "model", torch.float64, options.trust)
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.base:
         start = common.load(options.base, "base", torch.float64, options.trust)
     frames, energies, said = _data(options, [loaded, *([start] if start is not None else [])])
-    _check_head(options.head, loaded)
+    check_head(loaded, options.head, "--head")
     asked = Asked(loaded, start, frames, energies, options.head, options.ps)
     checks = list(all_checks(asked))
     if options.output:
@@ -96,22 +97,11 @@ def _data(
     return list(fitting.atoms), fitting.labels.energy, said
 
 
-def _check_head(head: str | None, model: torch.nn.Module) -> None:
-    from mace_lora.model.description import heads
-
-    if head is not None and head not in heads(model):
-        raise ConfigError(
-            f"--head={head}: the model has no such head; {did_you_mean(head, heads(model))}"
-        )
-
-
 def text(data: dict[str, Any]) -> str:
-    rows = [
-        [c["verdict"], c["name"], *(_number(c[k]) for k in ("value", "start", "limit")), c["unit"]]
-        for c in data["checks"]
-    ]
+    from mace_lora.trust.checks import COLUMNS, cells
+
     lines = [*data["said"]]
-    lines.append(common.table(["", "check", "model", "start", "limit", "unit"], rows, left=2))
+    lines.append(common.table(COLUMNS, [cells(check) for check in data["checks"]], left=2))
     lines += [f"{c['name']}: {c['why']}" for c in data["checks"] if c["why"]]
     if data["problems"]:
         lines.append(f"not to be trusted: {', '.join(data['problems'])}")
@@ -120,7 +110,3 @@ def text(data: dict[str, Any]) -> str:
     if data["output"]:
         lines.append(f"all of this with pictures: {data['output']}")
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

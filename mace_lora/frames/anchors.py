@@ -4,6 +4,7 @@ to each other, and frames of the training set compressed, stretched or shaken.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import ase
@@ -24,8 +25,9 @@ def pairs(numbers: Iterable[int], without: Iterable[int] = (), seed: int = 0) ->
         without: pairs of these alone are left out.
         seed: chooses MOST_PAIRS where there would be more.
     """
-    order, left_out = sorted(set(numbers)), set(without)
-    kinds = [(a, b) for i, a in enumerate(order) for b in order[i:] if not {a, b} <= left_out]
+    left_out = set(without)
+    every = itertools.combinations_with_replacement(sorted(set(numbers)), 2)
+    kinds = [pair for pair in every if not set(pair) <= left_out]
     grid = np.arange(CLOSEST, FARTHEST, STEP)
     found = [(a, b, d) for a, b in kinds for d in grid]
     if len(found) > MOST_PAIRS:

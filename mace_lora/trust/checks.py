@@ -7,8 +7,9 @@ ordinary structures and passes, one that lost the repulsion of atoms, or E0s, do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,15 @@ from mace_lora.trust.frames import (
     relative_distances,
     scaled,
 )
-from mace_lora.trust.measures import Answers, answers, by_scan, e0s, holes, relative
+from mace_lora.trust.measures import (
+    Answers,
+    answers,
+    atoms_apart,
+    by_scan,
+    e0s,
+    holes,
+    relative,
+)
 
 PASS, FAIL, TOLD = "pass", "FAIL", "told"
 MOST_ELEMENTS = 8  # without data, pairs of the lightest elements of a model with more
@@ -67,6 +76,16 @@ class Check:
 
     def __str__(self) -> str:
         return f"{self.name}, {self.verdict}: {self.why}"
+
+
+COLUMNS = ("", "check", "model", "start", "limit", "unit")
+
+
+def cells(check: Mapping[str, Any]) -> list[str]:
+    """The attributes of a Check as a row of a table under COLUMNS."""
+    numbers = (check[name] for name in ("value", "start", "limit"))
+    shown = ["" if number is None else f"{number:.3g}" for number in numbers]
+    return [check["verdict"], check["name"], *shown, check["unit"]]
 
 
 @dataclass
@@ -164,10 +183,9 @@ def check_offset(asked: Asked) -> Check:
 
 
 def _offset(asked: Asked, model: torch.nn.Module, head: str | None) -> float:
-    found, table = answers(model, list(asked.frames), head), e0s(model, head)
-    apart = np.array([sum(table[int(z)] for z in frame.numbers) for frame in asked.frames])
-    atoms = np.array([len(frame) for frame in asked.frames])
-    errors = (found.energy + apart) / atoms - asked.energies
+    frames = list(asked.frames)
+    energy = answers(model, frames, head).energy + atoms_apart(model, frames, head)
+    errors = energy / [len(frame) for frame in frames] - asked.energies
     return float(np.abs(errors[np.isfinite(asked.energies)]).mean())
 
 
@@ -212,12 +230,13 @@ def check_ordinary(asked: Asked) -> Iterator[Check]:
     """On small molecules: how far the forces went from the start's. A new theory changes them, so
     only a change as large as the forces themselves is a fault.
     """
+    if asked.start is None:
+        return
     for name, rattle in RATTLES.items():
         frames = molecules(asked.elements, rattle)
-        if not frames or asked.start is None:
+        if not frames:
             continue
-        mine, start = asked.both(frames)
-        assert start is not None
+        mine, start = answers(asked.model, frames, asked.head), answers(asked.start, frames)
         value = relative(mine.forces, start.forces)
         why = f"forces on {len(frames)} molecules, displaced by {rattle} A, against the start's"
         verdict = _judge(value, ORDINARY)
@@ -272,9 +291,8 @@ def check_ramp(asked: Asked, frame: Atoms) -> Check:
 
 
 def _molecule(asked: Asked) -> Atoms | None:
-    """Something small of the known elements, of as many atoms as there is."""
-    frames = molecules(asked.elements, 0.0)
-    return max(frames, key=len) if frames else None
+    """The largest of the small molecules of these elements; None where there is none."""
+    return max(molecules(asked.elements, 0.0), key=len, default=None)
 
 
 def _judge(value: float, limit: float) -> str:

@@ -118,13 +118,8 @@ def langevin(
         path.kelvin = kelvin(step / n)
         dynamics.set_temperature(temperature_K=path.kelvin)
         health.hottest = HOTTEST * path.kelvin
-        path.trouble = _step(dynamics, health)
-        path.ps = step * step_fs / 1e3
-        if path.trouble:
+        if not _follow(path, dynamics, health, step, step_fs, atoms.get_temperature):
             return path
-        if step % SAMPLE == 0:
-            path.times.append(path.ps)
-            path.values.append(float(atoms.get_temperature()))
     path.ps = ps
     return path
 
@@ -142,14 +137,13 @@ def nve(
     health = Health(atoms, NVE_KELVIN)
     dynamics = VelocityVerlet(atoms, step_fs * units.fs)
     path = Path(kelvin=NVE_KELVIN)
+
+    def energy() -> float:
+        return 1e3 * float(atoms.get_total_energy()) / len(atoms)
+
     for step in range(max(steps(ps, step_fs), 2 * SAMPLE)):
-        path.trouble = _step(dynamics, health)
-        path.ps = step * step_fs / 1e3
-        if path.trouble:
-            return path
-        if step % SAMPLE == 0:
-            path.times.append(path.ps)
-            path.values.append(1e3 * float(atoms.get_total_energy()) / len(atoms))
+        if not _follow(path, dynamics, health, step, step_fs, energy):
+            break
     return path
 
 
@@ -166,8 +160,22 @@ def steps(ps: float, step_fs: float = STEP_FS) -> int:
     return max(1, round(1e3 * ps / step_fs))
 
 
-def _step(dynamics: MolecularDynamics, health: Health) -> str:
-    """One step, and what is wrong after it: neighbours of atoms at infinity can't be counted."""
+def _follow(
+    path: Path,
+    dynamics: MolecularDynamics,
+    health: Health,
+    step: int,
+    step_fs: float,
+    value: Callable[[], float],
+) -> bool:
+    """One step of this number, written down in `path`; whether the molecule is still whole: beyond
+    that neighbours can't be counted, of atoms at infinity.
+    """
     with np.errstate(all="ignore"):  # a broken molecule may overflow
         dynamics.run(1)
-    return health.trouble(dynamics.atoms)
+    path.trouble = health.trouble(dynamics.atoms)
+    path.ps = step * step_fs / 1e3
+    if not path.trouble and step % SAMPLE == 0:
+        path.times.append(path.ps)
+        path.values.append(float(value()))
+    return not path.trouble

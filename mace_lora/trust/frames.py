@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -63,8 +64,7 @@ def dimer(a: int, b: int) -> Scan:
 
 def pairs(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Each two elements, like pairs included."""
-    order = sorted(set(numbers))
-    return [(a, b) for i, a in enumerate(order) for b in order[i:]]
+    return list(itertools.combinations_with_replacement(sorted(set(numbers)), 2))
 
 
 def dimers(numbers: Iterable[int]) -> list[Scan]:

@@ -42,9 +42,14 @@ def answers(model: torch.nn.Module, frames: list[Atoms], head: str | None = None
         found = predict(model, [frames_to_batch(part, model, head)])
         energy.append(found["energy"].cpu().numpy())
         forces.append(found["forces"].cpu().numpy())
+    total = np.concatenate(energy)
+    return Answers(total - atoms_apart(model, frames, head), np.concatenate(forces))
+
+
+def atoms_apart(model: torch.nn.Module, frames: list[Atoms], head: str | None = None) -> np.ndarray:
+    """The sum of the E0s of each frame, eV, (n_frames,); the arguments are those of `answers`."""
     table = e0s(model, head)
-    apart = [sum(table[int(z)] for z in frame.numbers) for frame in frames]
-    return Answers(np.concatenate(energy) - np.array(apart), np.concatenate(forces))
+    return np.array([sum(table[int(z)] for z in frame.numbers) for frame in frames])
 
 
 def _batches(frames: list[Atoms]) -> Iterator[list[Atoms]]:

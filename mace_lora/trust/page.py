@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mace_lora.results.page import Page
-from mace_lora.trust.checks import FAIL, Asked, Check
+from mace_lora.trust.checks import COLUMNS, FAIL, Asked, Check, cells
 
 _COLOURS = {"model": "#c2410c", "start": "#94a3b8"}
 
@@ -17,11 +17,7 @@ def write(path: Path, title: str, asked: Asked, checks: Sequence[Check]) -> None
     failed = [check.name for check in checks if check.verdict == FAIL]
     page = Page(title, f"Failed: {', '.join(failed)}" if failed else "No check failed")
     page.section("Checks")
-    rows = [
-        [c.verdict, c.name, *(_number(v) for v in (c.value, c.start, c.limit)), c.unit]
-        for c in checks
-    ]
-    page.table(["", "check", "model", "start", "limit", "unit"], rows, left=2)
+    page.table(COLUMNS, [cells(vars(check)) for check in checks], left=2)
     page.points([f"{check.name}: {check.why}" for check in checks if check.why])
     if asked.curves:
         page.section("Energies against the start's")
@@ -56,7 +52,3 @@ def _draw(asked: Asked, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
