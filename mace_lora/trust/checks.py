@@ -30,6 +30,7 @@ from mace_lora.trust.frames import (
     scaled,
 )
 from mace_lora.trust.measures import (
+    RISE,
     Answers,
     answers,
     atoms_apart,
@@ -41,12 +42,14 @@ from mace_lora.trust.measures import (
 
 PASS, FAIL, TOLD = "pass", "FAIL", "told"
 MOST_ELEMENTS = 8  # without data, pairs of the lightest elements of a model with more
-HYDROGEN = (-20.0, 2.0)  # eV: its E0 in any theory, with or without pseudopotential, or averaged
+THOMAS_FERMI = -20.917  # eV, of Z**(7/3): a neutral atom's energy lies above it in any theory
+HIGHEST = 5.0  # eV, of an E0: isolated atoms have none above 0, averages over molecules may
 NEAR = 15.0  # eV: so near are all E0s to those of some theory that is known
 OFFSET = 0.5  # eV per atom of the labels
 WALL, SQUEEZED, ORDINARY = 0.5, 1.0, 1.0  # mean of |dF| / (1 eV/A + |F|)
 CONTACT = 0.6  # sums of covalent radii
 DRIFT = 2.0  # meV per atom and ps, or three times the start's
+SHORTEST_NVE = 0.2  # ps: over less, vibrations look like 10 meV per atom and ps of drift
 LASTS = 0.8  # of the start's time in the ramp
 RAMP_KELVIN = (300.0, 1500.0)
 STRAINS = np.linspace(0.94, 1.06, 7) ** (1 / 3)  # of lengths, in an equation of state
@@ -98,7 +101,7 @@ class Asked:
         frames: of the data, elements that the model knows; none without data.
         energies: of the frames, eV per atom, NaN where unknown.
         head: of the model; the last one if None. The start answers by its last.
-        ps: length of the ramp; 0: no dynamics.
+        ps: length of the ramp, and NVE half of it or SHORTEST_NVE; 0: no dynamics.
         curves: what was drawn, for pictures: by title the lines, by label x and y.
     """
 
@@ -145,8 +148,8 @@ def all_checks(asked: Asked) -> Iterator[Check]:
 
 
 def check_e0s(asked: Asked) -> Check:
-    """E0s are those of atoms: hydrogen's lies in a small range whatever the theory, and all others
-    are near a theory that is known, or near the start's.
+    """E0s are those of atoms: none lies below the Thomas-Fermi energy or far above 0, whatever the
+    theory, and all are near a theory that is known, or near the start's.
     """
     mine = e0s(asked.model, asked.head)
     present = {z: mine[z] for z in asked.elements}
@@ -162,9 +165,13 @@ def check_e0s(asked: Asked) -> Check:
     theory = min(distances, key=lambda name: distances[name], default="")
     if not all(map(math.isfinite, present.values())):
         return Check("E0s", FAIL, why=f"not finite: {shown}")
-    if 1 in present and not HYDROGEN[0] <= present[1] <= HYDROGEN[1]:
-        why = f"hydrogen has {present[1]:.2f} eV, in any theory it lies between -20 and 2 ({shown})"
-        return Check("E0s", FAIL, present[1], limit=HYDROGEN[0], unit="eV", why=why)
+    for z, energy in present.items():
+        deepest = THOMAS_FERMI * z ** (7 / 3)
+        if not deepest <= energy <= HIGHEST:
+            limit = deepest if energy < deepest else HIGHEST
+            why = f"{chemical_symbols[z]} has {energy:.2f} eV, in any theory it lies between "
+            why += f"{deepest:.0f} and {HIGHEST:.0f} ({shown})"
+            return Check("E0s", FAIL, energy, limit=limit, unit="eV", why=why)
     if theory and distances[theory] <= NEAR:
         why = f"near {theory}: {shown}"
         return Check("E0s", PASS, distances[theory], limit=NEAR, unit="eV", why=why)
@@ -198,7 +205,9 @@ def check_wall(asked: Asked, name: str, scans: list[Scan], limit: float) -> Chec
         value = None
     else:
         compared = list(zip(scans, parts, by_scan(start, scans), strict=True))
-        open_ = [scan.name for scan, one, other in compared if holes(one.energy, other.energy)]
+        open_ = [
+            scan.name for scan, one, other in compared if holes(one.energy, other.energy, RISE)
+        ]
         value = relative(mine.forces, start.forces)
         compared.sort(key=lambda c: (c[0].name not in open_, -relative(c[1].forces, c[2].forces)))
         for scan, one, other in compared[:MOST_PICTURES]:
@@ -244,7 +253,9 @@ def check_ordinary(asked: Asked) -> Iterator[Check]:
 
 
 def check_equation_of_state(asked: Asked, crystal: Atoms) -> Check:
-    """The energy of a crystal bends upwards with its volume where the start's does."""
+    """The energy of a crystal bends upwards with its volume where the start's does, with a single
+    minimum or none.
+    """
     frames = [scaled(crystal, strain) for strain in STRAINS]
     mine, start = asked.both(frames)
     n = len(crystal)
@@ -254,7 +265,11 @@ def check_equation_of_state(asked: Asked, crystal: Atoms) -> Check:
     }
     bends = {name: float(np.polyfit(STRAINS, y, 2)[0]) for name, y in curves.items()}
     why = "curvature of the energy per atom with the length of the cell"
-    bad = not bends["model"] > 0 and bends.get("start", 1.0) > 0
+    turns = {name: int((np.diff(np.sign(np.diff(y))) != 0).sum()) for name, y in curves.items()}
+    bumpy = turns["model"] > max(1, turns.get("start", 0))
+    if bumpy:
+        why += f"; it turns {turns['model']} times"
+    bad = bumpy or (not bends["model"] > 0 and bends.get("start", 1.0) > 0)
     verdict = FAIL if bad else PASS
     return Check(
         "equation of state", verdict, bends["model"], bends.get("start"), 0.0, "eV per atom", why
@@ -263,10 +278,11 @@ def check_equation_of_state(asked: Asked, crystal: Atoms) -> Check:
 
 def check_drift(asked: Asked, frame: Atoms) -> Check:
     """The energy is conserved at 300 K."""
-    value = dynamics.drift(dynamics.nve(asked.model, frame, asked.ps / 2, head=asked.head))
+    ps = max(asked.ps / 2, SHORTEST_NVE)
+    value = dynamics.drift(dynamics.nve(asked.model, frame, ps, head=asked.head))
     start = None
     if asked.start is not None:
-        start = dynamics.drift(dynamics.nve(asked.start, frame, asked.ps / 2))
+        start = dynamics.drift(dynamics.nve(asked.start, frame, ps))
     limit = DRIFT if start is None else max(DRIFT, 3 * start)  # infinite if the start breaks
     why = f"drift of the total energy of {frame.symbols} at 300 K"
     return Check("NVE", _judge(value, limit), value, start, limit, "meV per atom and ps", why)

@@ -90,11 +90,11 @@ def relative(model: np.ndarray, start: np.ndarray) -> float:
     return float((difference / (SMALL + np.linalg.norm(start, axis=1))).mean())
 
 
-def holes(model: np.ndarray, start: np.ndarray) -> bool:
-    """Whether the energy (eV) falls in a step of a scan, (n_points,) from far to near, in which
-    that of the start rises by more than RISE.
+def holes(model: np.ndarray, start: np.ndarray, fall: float = 0.0) -> bool:
+    """Whether the energy (eV) falls by more than `fall` in a step of a scan, (n_points,) from far
+    to near, in which that of the start rises by more than RISE.
     """
-    return bool(np.any((np.diff(start) > RISE) & ~(np.diff(model) >= 0)))
+    return bool(np.any((np.diff(start) > RISE) & ~(np.diff(model) >= -fall)))
 
 
 def by_scan(found: Answers, scans: list[Scan]) -> list[Answers]:

@@ -46,6 +46,15 @@ class UpsideDown(PairFault):
         return output | {k: -output[k] for k in ("energy", "forces")}
 
 
+class Bumpy(PairFault):
+    """A crystal's energy oscillates with its volume, by `strength` eV."""
+
+    def forward(self, data, **keywords):
+        output = dict(self.model(data, **keywords))
+        wave = torch.cos(5.0 * torch.linalg.det(data["cell"].view(-1, 3, 3)))
+        return output | {"energy": output["energy"] + self.strength * wave}
+
+
 def verdicts(asked: Asked) -> dict[str, str]:
     return {check.name: check.verdict for check in checks.all_checks(asked)}
 
@@ -92,6 +101,8 @@ def test_a_hole_fails(mini, known):
         ([-581.5, -239.1, -300.0, -197.6], FAIL),  # one molecule's energy spread over its elements
         ([-12.6, -146.4, -265.9, -431.6], TOLD),  # pseudopotentials that are not known here
         ([float("nan"), -1029.5, -1485.0, -2042.0], FAIL),
+        ([-13.6, -1029.5, -1485.0, -4792.0], FAIL),  # deeper than all electrons of oxygen
+        ([-13.6, 300.0, -1485.0, -2042.0], FAIL),
     ],
 )
 def test_e0s(mini, energies, verdict):
@@ -123,6 +134,18 @@ def test_an_equation_of_state_upside_down_fails(mini):
     assert (
         checks.check_equation_of_state(Asked(UpsideDown(mini, 1.0), mini), diamond).verdict == FAIL
     )
+
+
+def test_a_bumpy_equation_of_state_fails(mini):
+    diamond = bulk("C", "diamond", a=3.57, cubic=True)
+    check = checks.check_equation_of_state(Asked(Bumpy(mini, 5.0), mini), diamond)
+    assert check.verdict == FAIL
+    assert "turns" in check.why
+
+
+def test_short_dynamics_do_not_fail_a_sound_model(mini):
+    """Over 0.025 ps, half of what is asked for, this frame would seem to drift by 8 meV."""
+    assert checks.check_drift(Asked(mini, ps=0.05), ethanol("test", 1)[0]).verdict == PASS
 
 
 def test_forces_that_are_no_gradient_heat_a_molecule(mini):

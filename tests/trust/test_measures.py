@@ -46,6 +46,12 @@ def test_what_a_hole_is(model, start, expected):
     assert measures.holes(np.array(model), np.array(start)) is expected
 
 
+@pytest.mark.parametrize(("fall", "expected"), [(0.05, False), (0.2, True), (float("nan"), True)])
+def test_a_flat_wall_is_no_hole(fall, expected):
+    model, start = np.array([0.0, 1.0, 1.0 - fall]), np.array([0.0, 1.0, 1.3])
+    assert measures.holes(model, start, measures.RISE) is expected
+
+
 def test_broad_molecules_are_those_of_the_known_elements():
     water = frames.molecules([1, 8], 0.06)
     assert {str(m.symbols) for m in water} == {"OH2", "O2H2", "O3"}
