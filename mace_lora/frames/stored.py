@@ -62,6 +62,10 @@ class StoredFrames:
         )
         self._step = -(-len(dataset) // MOST_FRAMES)
 
+    def __len__(self) -> int:
+        """All frames, also those that `__iter__` passes over."""
+        return len(self._dataset)
+
     def __iter__(self) -> Iterator[Configuration]:
         if self._step > 1:
             logging.info(

@@ -16,6 +16,7 @@ from mace_lora.errors import ConfigError
 from mace_lora.parsing import ExistingAdapter, ExistingFile
 from mace_lora.training import recipes
 from mace_lora.training.options import RunOptions
+from mace_lora.training.recipes import Choice
 from mace_lora.upstream import known
 
 _ABOUT = (
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         ours.add_argument(f"--{field.name}", default=_Default(field.default), **keywords)
     # whose defaults are not everybody's
     own = {field.name for field in RunOptions.flags()}
-    for name in ("lora", "multiheads_finetuning", *recipes.FLAGS):
+    for name in ("lora", *recipes.FLAGS):
         if name not in own:
             parser.set_defaults(**{name: _Default(parser.get_default(name))})
     needed = parser.add_argument_group("what a fine-tuning needs (mace-torch)")
@@ -128,7 +129,8 @@ def parse(
         ConfigError: unknown or contradictory flags, or a value that makes no sense.
         ArtefactError: --adapter_start names no adapter.
     """
-    args = parsing.parse(build_parser(), argv)
+    parser = build_parser()
+    args = parsing.parse(parser, argv)
     given: dict[str, object] = {}
     for name, value in vars(args).items():
         if isinstance(value, _Default):
@@ -136,9 +138,11 @@ def parse(
         else:
             given[name] = value
     config = _adapter(args, given, args.adapter_start)
-    chosen = _follow_recipe(args, config, given)
+    chosen = _suit(args, given) if config is not None else {}
     options = RunOptions(
-        **{f.name: getattr(args, f.name) for f in RunOptions.flags()}, chosen=chosen
+        **{f.name: getattr(args, f.name) for f in RunOptions.flags()},
+        chosen=chosen,
+        given={k: v for k, v in given.items() if v != parser.get_default(k)},
     )
     if config is None:
         for field in RunOptions.flags():
@@ -154,15 +158,12 @@ def parse(
     return args, config, options
 
 
-def _follow_recipe(
-    args: argparse.Namespace, config: AdapterConfig | None, given: Mapping[str, object]
-) -> dict[str, object]:
-    """Set the flags of the preset that the user did not give; those, with their values."""
-    if config is None:
+def _suit(args: argparse.Namespace, given: Mapping[str, object]) -> dict[str, Choice]:
+    """Set the flags that the user did not give to what suits a fine-tuning; those."""
+    if args.defaults == recipes.MACE_TORCH:
         return {}
-    recipe = recipes.of(config.method, getattr(args, f"{config.method}_preset", None))
-    chosen = {flag: value for flag, value in recipe.items() if flag not in given}
-    vars(args).update(chosen)
+    chosen = recipes.before_data(given)
+    vars(args).update({flag: choice.value for flag, choice in chosen.items()})
     return chosen
 
 

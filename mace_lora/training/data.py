@@ -19,7 +19,7 @@ from mace_lora.frames import checks, stored
 from mace_lora.frames.checks import Rules, symbols
 from mace_lora.frames.energies import AtomicEnergies
 from mace_lora.frames.reading import XyzFrames
-from mace_lora.frames.stored import StoredData
+from mace_lora.frames.stored import StoredData, StoredFrames
 from mace_lora.model.description import atomic_numbers
 from mace_lora.training.epochs import processes
 from mace_lora.upstream import graphs, library
@@ -42,6 +42,8 @@ class Data:
         args: the run's flags.
         loaded: gives the foundation model once it is loaded.
         files: to which those are added that frames were read from, as ASE reads them.
+        estimated: to which the heads are added whose E0s are estimated.
+        welcome_stress: whether to train on stress where there is one, whatever the loss is so far.
     """
 
     def __init__(
@@ -49,12 +51,18 @@ class Data:
         args: argparse.Namespace,
         loaded: Callable[[], torch.nn.Module | None] = lambda: None,
         files: list[str] | None = None,
+        estimated: set[str] | None = None,
+        welcome_stress: bool = False,
     ) -> None:
         self.args = args
         self.energies = AtomicEnergies()
         self.has_isolated_atoms = False  # which give the E0s, whatever --E0s says
         self._files = [] if files is None else files
+        self._estimated = set() if estimated is None else estimated
         self._loaded = loaded
+        self._welcome_stress = welcome_stress
+        self.frames: list[Configuration] = []  # all that ASE read
+        self.n_train = self.n_train_atoms = 0  # frames to train on, before some are split off
         self._one_head: torch.nn.Module | None = None
         self._graphs = Graphs()
         self._looked_through: set[str] = set()
@@ -79,7 +87,6 @@ class Data:
             "remove_head": self.remove_head,
             "split": split,
             "atomic_energies": self.energies.read,
-            "energies_as_array": self.energies.as_array,
             "estimate_e0s": self.energies.estimate,
         }
 
@@ -141,8 +148,12 @@ class Data:
                 config.E0s = str(found.energies)
             logging.info(f"Elements from {config.statistics_file}, E0s={config.E0s}")
             config.statistics_file = None
+        if str(config.E0s).lower() == "estimated":
+            self._estimated.add(head_name)
         files = [config.train_file] if isinstance(config.train_file, str) else config.train_file
         one_by_one = [file for file in files if stored.is_stored("train_file", file)]
+        if config.atomic_numbers is not None and head_name != _REPLAY:
+            self._count_stored(config, one_by_one)
         if one_by_one and str(config.E0s).lower() in ("estimated", "average"):
             config.E0s = str(self._fitted(config, one_by_one))
         return config
@@ -150,21 +161,26 @@ class Data:
     def _fitted(self, head: HeadConfig, files: list[str]) -> dict[int, float]:
         """E0s from frames in HDF5 and LMDB; --E0s of the head says which."""
         table = library.elements(ast.literal_eval(str(head.atomic_numbers)))
-        settings = {"r_max": self.args.r_max, "z_table": table, "heads": [head.head_name]}
-        frames = [
-            frame
-            for file in files
-            for part in stored.parts(
-                file, upstream.original("load_stored")(file_path=file, head_config=head, **settings)
-            )
-            for frame in part
-        ]
+        frames = [frame for part in self._parts(head, files) for frame in part]
         if (asked := str(head.E0s)).lower() == "average":
             return self.energies.read(asked, frames, table)
         model = self.foundation()
         if model is None:
             raise ConfigError("--E0s=estimated: there is no foundation model to estimate them from")
         return self.energies.estimated(model, frames, table, self.args.device)
+
+    def _parts(self, head: HeadConfig, files: list[str]) -> list[StoredFrames]:
+        """The frames of HDF5 and LMDB files, as they stand there."""
+        table = library.elements(ast.literal_eval(str(head.atomic_numbers)))
+        settings = {"r_max": self.args.r_max, "z_table": table, "heads": [head.head_name]}
+        load = upstream.original("load_stored")
+        opened = {file: load(file_path=file, head_config=head, **settings) for file in files}
+        return [part for file, data in opened.items() for part in stored.parts(file, data)]
+
+    def _count_stored(self, head: HeadConfig, files: list[str]) -> None:
+        for part in self._parts(head, files):
+            first = next(iter(part), None)
+            self._count(len(part), len(part) * (0 if first is None else _atoms(first)))
 
     # ------------------------------------------------------------------ files that ASE reads
 
@@ -190,19 +206,31 @@ class Data:
             graphs.key_names(key_specification),
             head_name,
             config_type_weights,
-            wanted=() if no_data_ok else ("energy", "forces", *rules.needed, *rules.welcome),
+            wanted=() if no_data_ok else self._wanted(rules),
             inputs=rules.inputs,
         )
         if extract_atomic_energies:
             frames.set_isolated_aside(keep=keep_isolated_atoms)
-            self.has_isolated_atoms |= bool(frames.energies)
+            if frames.energies:  # they are the E0s, whatever --E0s says
+                self.has_isolated_atoms = True
+                self._estimated.discard(head_name)
         for frame in frames.configurations:
             frame.weight *= self._replay_weight(file_path, head_name)
         self._files.append(file_path)
         lacking = checks.check(frames, rules)
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)
+            self._count(len(frames.configurations), sum(map(_atoms, frames.configurations)))
+        self.frames += frames.configurations
         return frames.energies, frames.configurations
+
+    def _wanted(self, rules: Rules) -> tuple[str, ...]:
+        welcome = ("stress",) if self._welcome_stress else ()
+        return ("energy", "forces", *rules.needed, *rules.welcome, *welcome)
+
+    def _count(self, frames: int, atoms: int) -> None:
+        self.n_train += frames
+        self.n_train_atoms += atoms
 
     def _replay_weight(self, path: str, head: str) -> float:
         """`--weight_pt_head` for files that the user gives for replay, 1 for all others.
@@ -268,6 +296,10 @@ class Data:
             for part in stored.parts(path, dataset):
                 checks.check(part, rules)
         return stored.mended(dataset, self._graphs)
+
+
+def _atoms(frame: Configuration) -> int:
+    return len(frame.atomic_numbers)
 
 
 def refuse_unknown(asked: set[int], known: set[int]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from mace_lora.adapters.options import option
 from mace_lora.backends.registry import AUTO, CHOICES, describe
 from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.training import recipes
+from mace_lora.training.recipes import Choice
 from mace_lora.upstream.known import TRUST_HELP
 
 CONSTANT, COSINE = "constant", "cosine"
@@ -18,7 +20,8 @@ CONSTANT, COSINE = "constant", "cosine"
 class RunOptions:
     """Options of a training run with an adapter that mace-torch doesn't have.
 
-    Each is a flag, but for `chosen`: the flags that a preset has set, with their values.
+    Each is a flag, but for `chosen`: the flags that were set to what suits, and `given`: those that
+    the user gave.
     """
 
     adapter_start: str | None = option(
@@ -47,6 +50,11 @@ class RunOptions:
         "keep the start's behaviour where the training frames say nothing: its forces on pairs of "
         "atoms from contact to 3 A and on distorted training frames, at up to half again the time",
     )
+    solve_e0s: bool = option(
+        False,
+        "solve E0s that were estimated again at each validation, on training frames, so that "
+        "energies keep their mean while forces are learnt",
+    )
     checkpoint_seconds: float = option(
         600.0, "seconds between checkpoints within a long epoch; 0: one after each step"
     )
@@ -55,8 +63,15 @@ class RunOptions:
         f"how steps and evaluations are computed, with the same results: {describe()}",
         choices=CHOICES,
     )
+    defaults: str = option(
+        recipes.OURS,
+        "where flags that are not given take their values from: what suits a fine-tuning, as the "
+        "log shows, or mace-torch",
+        choices=(recipes.OURS, recipes.MACE_TORCH),
+    )
     trust: bool = option(False, TRUST_HELP)
-    chosen: Mapping[str, object] = field(default_factory=dict)
+    chosen: Mapping[str, Choice] = field(default_factory=dict)
+    given: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:

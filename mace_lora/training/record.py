@@ -19,6 +19,7 @@ from mace_lora.model.description import Description
 from mace_lora.model.report import InjectionReport
 from mace_lora.results.progress import History
 from mace_lora.training.options import RunOptions
+from mace_lora.training.recipes import Choice
 from mace_lora.upstream.types import Dataset
 
 
@@ -89,6 +90,8 @@ class Run:
 
     Attributes:
         files: that frames were read from, so far.
+        chosen: the flags that were not given, at what suits the run.
+        estimated: the heads whose E0s were estimated, by none but the foundation model's answers.
         foundation: the foundation model as it was loaded, with all its heads and elements.
         injected: says what the adapter changes in the model.
     """
@@ -102,6 +105,8 @@ class Run:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.files: list[str] = []
+        self.estimated: set[str] = set()
+        self.chosen: dict[str, Choice] = dict(asked.options.chosen)
 
     def __getattr__(self, name: str) -> NoReturn:
         known = ", ".join(vars(self))

@@ -11,7 +11,7 @@ import torch
 
 from mace_lora.config import AdapterConfig
 from mace_lora.frames.energies import gaps_told
-from mace_lora.training import flags, losses, metrics, start, summary
+from mace_lora.training import defaults, flags, losses, metrics, recipes, start, summary
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
 from mace_lora.training.epochs.computing import Computing
@@ -62,7 +62,10 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     Each comment says which stage of `run` is reached.
     """
     args = run.asked.args
-    data = Data(args, lambda: getattr(run, "foundation", None), run.files)
+    options = run.asked.options
+    welcome = options.defaults == recipes.OURS and "loss" in recipes.left_to_data(options.given)
+    data = Data(args, lambda: getattr(run, "foundation", None), run.files, run.estimated, welcome)
+    suiting = defaults.Suiting(run, data)
     starting = start.Start(run, data)
     computing = Computing(run.asked.options.step)
     checkpoints = Checkpoints(run)
@@ -74,6 +77,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         # the frames
         "replay_data": flags.replay_data,
         **data.substitutes(),
+        "energies_as_array": suiting.energies_as_array,
         "loss": losses.of_run,
         "stage_two": losses.of_stage_two,
         "avg_num_neighbors": start.avg_num_neighbors,

@@ -30,6 +30,17 @@ def short_run(data: dict[str, str], foundation: str, *more: str) -> list[str]:
     return ["--name=run", f"--foundation_model={foundation}", *files, *common, *more]
 
 
+def settled(flags: tuple[str, ...]) -> list[str]:
+    """`flags` with mace-torch's defaults where an adapter is trained: what tests say of one thing
+    doesn't depend on what suits a fine-tuning. With `--defaults` among them, as they are.
+    """
+    adapted = any(
+        f.startswith(("--lora=True", "--lora_", "--adapter")) or f == "--lora" for f in flags
+    )
+    told = any(f.startswith("--defaults") for f in flags)
+    return [*flags, *(["--defaults=mace-torch"] if adapted and not told else [])]
+
+
 def here(folder: Path, *flags: str) -> str:
     """Run the command in this process, in `folder`; its error message, or "" if it ends well."""
     folder.mkdir(exist_ok=True)
@@ -38,7 +49,7 @@ def here(folder: Path, *flags: str) -> str:
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     os.chdir(folder)
     try:
-        cli.main(list(flags))
+        cli.main(settled(flags))
     except SystemExit as stop:
         return str(stop.code)
     finally:
@@ -56,7 +67,7 @@ def run_command(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Co
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment.pop("MACE_CONFIG", None)
     done = subprocess.run(
-        [sys.executable, "-m", "mace_lora", "train", *arguments],
+        [sys.executable, "-m", "mace_lora", "train", *settled(arguments)],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -76,7 +87,7 @@ def process(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subpro
     environment.pop("MACE_CONFIG", None)
     with open(folder / "out.txt", "a") as out:
         return subprocess.Popen(
-            [sys.executable, *(launcher or ("-m", "mace_lora")), "train", *flags],
+            [sys.executable, *(launcher or ("-m", "mace_lora")), "train", *settled(flags)],
             cwd=folder,
             env=environment,
             stdout=out,

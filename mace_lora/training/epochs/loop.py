@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from mace_lora.frames.checks import sources
+from mace_lora.model.description import heads
 from mace_lora.results.progress import ProgressBar
-from mace_lora.training.epochs import processes
+from mace_lora.training.epochs import e0s, processes
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.divergence import diverged, has_diverged
 from mace_lora.training.epochs.order import FrameOrder
@@ -54,7 +55,7 @@ class Loop:
     ) -> None:
         self.run_options = run.asked.options
         self.args = run.asked.args
-        self.files = run.files
+        self.files, self.estimated = run.files, run.estimated
         self.history = run.trained.history
         self.at = run.trained.at
         self.given = given = arguments
@@ -75,7 +76,19 @@ class Loop:
         self.order = FrameOrder.of(self.train_loader, *processes.rank_and_count(self.distributed))
         for loader in self.valid_loaders.values():
             processes.share_frames(loader, self.rank, self.distributed)
+        self._e0s = self._solver() if self.run_options.solve_e0s else None
         self._saved_at = time.monotonic()
+
+    def _solver(self) -> e0s.Solver:
+        names = heads(self.model)
+        return e0s.Solver(
+            self.model,
+            self.train_loader.dataset,
+            {names.index(head) for head in self.estimated & set(names)},
+            self.computing,
+            self.train_loader.batch_size,
+            self.args.seed,
+        )
 
     # ------------------------------------------------------------------ the loop itself
 
@@ -113,6 +126,8 @@ class Loop:
             self._log_settings()
             with self.stop.waiting():
                 self._all_epochs()
+        if self._e0s is not None:
+            self._e0s.tell()
         logging.info("Training complete")
 
     def _all_epochs(self) -> None:
@@ -131,9 +146,6 @@ class Loop:
             logging.info("--lbfgs: gradients are not clipped, the line search needs them whole")
         if self.max_grad_norm is not None:
             logging.info(f"Using gradient clipping with tolerance={self.max_grad_norm:.3f}")
-        if chosen := self.run_options.chosen:
-            flags = ", ".join(f"--{flag}={value}" for flag, value in chosen.items())
-            logging.info(f"Set by the preset: {flags}")
         logging.info("===========TRAINING===========")
         if self.swa is not None:
             logging.info(
@@ -309,6 +321,8 @@ class Loop:
         at = self.at
         self._set_optimiser_mode("eval")
         with self.averaged():
+            if self._e0s is not None:
+                self._e0s.solve(self.distributed)
             at.valid_loss = self._validate(at.epoch)
             self._plot()
             better = at.valid_loss < at.lowest_loss

@@ -98,6 +98,15 @@ def in_any(asked: bool, device: torch.device, distributed: bool) -> bool:
     return bool(flag.item())
 
 
+def of_the_first(value: torch.Tensor, device: torch.device, distributed: bool) -> torch.Tensor:
+    """What the first process has, in all of them."""
+    if not distributed:
+        return value
+    shared = value.to(device)
+    dist.broadcast(shared, src=0)
+    return shared.to(value.device)
+
+
 def wait_for_all(distributed: bool) -> None:
     """Returns when every process has come here."""
     if distributed:

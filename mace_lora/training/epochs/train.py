@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from mace_lora.training import defaults
 from mace_lora.training.epochs import optimised
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.loop import Loop
@@ -30,6 +31,8 @@ def train(
     loop = Loop(run, given, stop, computing, checkpoints)
     if given.log_wandb and given.rank == 0:
         _describe_to_wandb(run, optimised.count(given.model))
+    if given.rank == 0:
+        defaults.write(run)
     loop.resume()
     with upstream.substituted({"take_step": loop.take_step}):
         loop.run()

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
@@ -30,6 +30,7 @@ from mace_lora.errors import CheckpointError
 from mace_lora.files import whole_file
 from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
+from mace_lora.training.epochs import e0s
 from mace_lora.training.files import identity, random_states, writing
 from mace_lora.training.files.random_states import RandomStates
 from mace_lora.training.record import Progress, Run
@@ -50,6 +51,7 @@ class Best(TypedDict):
     epoch: int
     loss: float
     adapter: Tensors
+    e0s: NotRequired[torch.Tensor | None]  # with which they were judged
 
 
 class EmaState(TypedDict):
@@ -66,6 +68,7 @@ class State(TypedDict):
     run: identity.Identity
     progress: dict[str, object]
     adapter: Tensors
+    e0s: NotRequired[torch.Tensor | None]
     optimizer: dict[str, object]
     scheduler: dict[str, object]
     stage_two_scheduler: dict[str, object] | None
@@ -155,6 +158,7 @@ class Checkpoints:
             "run": self._identity(loop),
             "progress": asdict(loop.at),
             "adapter": {n: p.detach().cpu() for n, p in adapter_parameters(loop.model).items()},
+            "e0s": e0s.of_model(loop.model),
             "optimizer": loop.optimizer.state_dict(),
             "scheduler": _plain(loop.scheduler.state_dict()),
             "stage_two_scheduler": None if swa is None else _plain(swa.scheduler.state_dict()),
@@ -182,6 +186,7 @@ class Checkpoints:
                 "epoch": epoch,
                 "loss": loop.at.valid_loss,
                 "adapter": own,
+                "e0s": e0s.of_model(loop.model),
             }
             stage = "_stagetwo" if stage_two else ""
             folders.append(self._folder / f"{self._tag}{stage}_best_adapter")
@@ -189,8 +194,8 @@ class Checkpoints:
             folders.append(self._folder / f"{self._tag}_epoch-{epoch}_adapter")
         for folder in folders:
             try:
-                started = self._record.started
-                artefact.write(folder, self._record.asked.config, own, started.base, started.start)
+                base, start = self._record.started.base, e0s.described(self._record, loop.model)
+                artefact.write(folder, self._record.asked.config, own, base, start)
             except Exception as error:  # safetensors has an error class of its own for a full disk
                 raise self._not_written(folder, error) from error
 
@@ -275,6 +280,7 @@ class Checkpoints:
 
     def _restore_state(self, loop: Loop, state: State) -> None:
         _copy(adapter_parameters(loop.model), state["adapter"])
+        e0s.put(loop.model, state.get("e0s"))
         fresh = [dict(group) for group in loop.optimizer.param_groups]
         loop.optimizer.load_state_dict(state["optimizer"])
         loop.scheduler.load_state_dict(state["scheduler"])
@@ -320,6 +326,7 @@ class Checkpoints:
         if best is None:
             return None
         _copy(adapter_parameters(state.model), best["adapter"])
+        e0s.put(state.model, best.get("e0s"))
         return int(best["epoch"])
 
     def save(self, *_: object, **__: object) -> None:

@@ -15,6 +15,7 @@ from mace_lora.errors import WriteError
 from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.model.merging import merge, put_gates, take_gates
+from mace_lora.training.epochs import e0s
 from mace_lora.training.files import writing
 from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.training.record import Run, Saved
@@ -89,10 +90,10 @@ class Saving:
 
     def _save_adapter(self, model: torch.nn.Module) -> None:
         folder = self.adapter_folder()
-        started = self.run.started
+        base, start = self.run.started.base, e0s.described(self.run, model)
         with writing.write_errors(folder):
             factors = adapter_parameters(model)
-            artefact.write(folder, self.config, factors, started.base, started.start)
+            artefact.write(folder, self.config, factors, base, start)
         logging.info(f"Saved the adapter alone to {folder}")
 
     def jit_save(self, m: object, f: writing.File, *rest: object, **keywords: object) -> None:
@@ -141,6 +142,7 @@ def files_left(run: Run) -> dict[str, str]:
             ("_adapter", "the adapter alone"),
         )
     }
+    files[f"{name}.yaml"] = "the run with all its settings, for --config"
     files[f"{name}_learning_curve.png"] = "validation errors by epoch"
     files[f"{name}_parity.png"] = "predictions against labels"
     files[f"{name}_report.html"] = "all of this on one page, to open in a browser or to send"

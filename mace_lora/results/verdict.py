@@ -1,0 +1,127 @@
+"""What to think of a run, in sentences, the most important first; and the next command to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mace_lora.results.progress import History
+
+FEW_FRAMES = 10  # of validation
+OVERFITTED = 2.0  # validation errors, as a multiple of those of training
+WORSE = 1.02  # errors, as a multiple of those before training
+IMPROVING = 1.1  # errors when three quarters are done, as a multiple of those at the end
+_WEIGHTS = {"energy": "energy_weight", "force": "forces_weight", "stress": "stress_weight"}
+
+# Errors of one set by quantity, as mace-torch calls them
+Errors = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences for log and page.
+
+    Attributes:
+        bad: what is wrong; that a trained quantity ended worse than it began comes first.
+        told: what is good to know.
+        change: flags with which to try again; empty where nothing is advised.
+    """
+
+    bad: tuple[str, ...]
+    told: tuple[str, ...]
+    change: Mapping[str, object]
+
+
+def judge(
+    history: History,
+    training: Mapping[str, Errors],
+    n_validation: Mapping[str, int],
+    flags: Mapping[str, object],
+) -> Verdict:
+    """
+    Args:
+        history: validation errors by epoch and head.
+        training: errors on the training frames at the end, by head; what is missing isn't judged.
+        n_validation: frames, by head.
+        flags: of the run.
+    """
+    bad: list[str] = []
+    told: list[str] = []
+    change: dict[str, object] = {}
+    for head in history.heads():
+        where = f" ({head})" if len(history.heads()) > 1 else ""
+        bad += _worse(history, head, where, flags, change)
+        bad += _overfitted(history, head, where, training.get(head, {}), flags, change)
+        told += _improving(history, head, where, flags, change)
+        if 0 < (n := n_validation.get(head, 0)) < FEW_FRAMES:
+            told.append(f"a validation of {n} frames says little{where}")
+    return Verdict(tuple(bad), tuple(told), change)
+
+
+def _worse(
+    history: History, head: str, where: str, flags: Mapping[str, object], change: dict[str, object]
+) -> list[str]:
+    found = []
+    for label, unit, before, after in history.changes(head):
+        if after <= WORSE * before:
+            continue
+        weight = next((w for name, w in _WEIGHTS.items() if label.startswith(name)), None)
+        advice = ""
+        if weight is not None and isinstance(flags.get(weight), (int, float)):
+            change[weight] = 10 * float(str(flags[weight]))
+            advice = f": raise --{weight} (it was {flags[weight]:g})"
+        found.append(f"{label} got worse, {before:.1f} -> {after:.1f} {unit}{where}{advice}")
+    if not found and not history.has_learnt(head):
+        found.append(
+            "the validation loss never fell below that of the foundation model"
+            f"{where}: train longer, or try another --lr (it was {flags.get('lr')})"
+        )
+    return found
+
+
+def _overfitted(
+    history: History,
+    head: str,
+    where: str,
+    training: Errors,
+    flags: Mapping[str, object],
+    change: dict[str, object],
+) -> list[str]:
+    for label, unit, key, after in history.ends(head):
+        seen = 1e3 * training.get(key, float("inf"))
+        if label.startswith("force") and after > OVERFITTED * seen:
+            rank = flags.get("lora_rank")
+            lower = "a lower rank" if isinstance(rank, int) and rank > 1 else "fewer targets"
+            change.setdefault("max_num_epochs", max(1, int(str(flags["max_num_epochs"])) // 2))
+            return [
+                f"overfitted: {label} of training {seen:.1f}, of validation {after:.1f} "
+                f"{unit}{where}: more frames, fewer epochs or {lower}"
+            ]
+    return []
+
+
+def _improving(
+    history: History, head: str, where: str, flags: Mapping[str, object], change: dict[str, object]
+) -> list[str]:
+    losses = history.losses(head)
+    if len(losses) < 4:
+        return []
+    late = min(losses[: -(-3 * len(losses) // 4)])
+    if late > IMPROVING * min(losses) and min(losses) == losses[-1]:
+        change.setdefault("max_num_epochs", 2 * int(str(flags["max_num_epochs"])))
+        return [f"still improving when it ended{where}: more epochs"]
+    return []
+
+
+def command(verdict: Verdict, name: str, config: str) -> str:
+    """A line to paste that repeats the run with the advised changes; "" where there are none."""
+    if not verdict.change:
+        return ""
+    flags = " ".join(f"--{flag}={value:g}" for flag, value in verdict.change.items())
+    return f"mace_run_train --config={config} --name={name}_2 {flags}"
+
+
+def lines(verdict: Verdict, next_command: str) -> Sequence[str]:
+    """All of it, for a page or a log."""
+    tried = [f"to try next: {next_command}"] if next_command else []
+    return [*verdict.bad, *verdict.told, *tried] or ["every error is lower than before training"]

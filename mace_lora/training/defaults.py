@@ -1,0 +1,102 @@
+"""Flags that suit the frames of a run: chosen once those are read, and told."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from prettytable import PrettyTable
+
+from mace_lora.files import whole_file
+from mace_lora.training import recipes
+from mace_lora.training.data import Data
+from mace_lora.training.epochs import processes
+from mace_lora.training.recipes import Choice
+from mace_lora.training.record import Run
+from mace_lora.upstream import graphs
+from mace_lora.upstream.graphs import Configuration
+
+
+@dataclass(frozen=True)
+class Suiting:
+    """Our function between reading frames and making batches of them."""
+
+    run: Run
+    data: Data
+
+    def energies_as_array(self, input_data: object, heads: list[str]) -> npt.NDArray[np.float64]:
+        """Upstream's `dict_to_array`, which is called when the frames are known."""
+        if self.run.asked.options.defaults == recipes.OURS:
+            self._suit()
+        return self.data.energies.as_array(input_data, heads)
+
+    def _suit(self) -> None:
+        args, options = self.run.asked.args, self.run.asked.options
+        may = recipes.left_to_data(options.given)
+        chosen = dict(options.chosen)
+        n_frames, n_atoms = self._counted(args)
+        if n_frames:
+            found = recipes.by_data(n_frames, n_atoms, stresses(self.data.frames))
+            chosen |= _set(args, found, may)
+            per_step = args.batch_size * processes.count(args.distributed) * options.accumulate
+            chosen |= _set(args, recipes.by_steps(max(1, n_frames // per_step)), may)
+        self.run.chosen = chosen
+        if chosen:
+            logging.info(f"Flags that were not given, and what suits:\n{table(chosen)}")
+
+    def _counted(self, args: argparse.Namespace) -> tuple[int, int]:
+        """Frames to train on, and atoms in them."""
+        frames, atoms = self.data.n_train, self.data.n_train_atoms
+        part = 1.0 if args.valid_file else 1 - args.valid_fraction
+        return round(part * frames), round(part * atoms)
+
+
+def _set(
+    args: argparse.Namespace, choices: Mapping[str, Choice], may: frozenset[str]
+) -> dict[str, Choice]:
+    chosen = {flag: choice for flag, choice in choices.items() if flag in may}
+    vars(args).update({flag: choice.value for flag, choice in chosen.items()})
+    return chosen
+
+
+def stresses(frames: Iterable[Configuration]) -> int:
+    """How many frames have a stress; 0 if a frame that has one is no crystal: such a stress
+    depends on what is taken for its volume.
+    """
+    n = 0
+    for frame in frames:
+        if frame.properties.get("stress") is None or graphs.is_placeholder(frame):
+            continue
+        if not all(graphs.periodic_in(frame)):
+            return 0
+        n += 1
+    return n
+
+
+def table(chosen: Mapping[str, Choice]) -> str:
+    """Flag, value and why, for the log."""
+    made = PrettyTable(["flag", "value", "why"], align="l")
+    made.add_rows([[f"--{flag}", choice.value, choice.why] for flag, choice in chosen.items()])
+    return made.get_string()
+
+
+def write(run: Run) -> None:
+    """`<name>.yaml` beside the model: the run, for --config, whatever defaults become."""
+    args, options = run.asked.args, run.asked.options
+    left_out = ("config", "restart_latest")
+    own = {flag: value for flag, value in options.given.items() if flag not in left_out}
+    chosen = {flag: choice.value for flag, choice in run.chosen.items()}
+    own = {"E0s": args.E0s, "seed": args.seed, "default_dtype": args.default_dtype} | own | chosen
+    text = "# This run, as mace_run_train --config=FILE repeats it\n" + yaml.safe_dump(
+        {flag: value for flag, value in own.items() if value is not None}, sort_keys=False
+    )
+    path = Path(args.model_dir) / f"{args.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as new:
+        Path(new).write_text(text)
