@@ -17,7 +17,9 @@ def write(run: Run) -> None:
     Raises:
         WriteError: a file that mace-torch goes on without could not be written.
     """
-    if hasattr(run, "trained") and run.trained.history:
+    if not hasattr(run, "trained"):  # --dry_run
+        return
+    if run.trained.history:
         _log_errors(run)
     if hasattr(run, "saved"):
         _write_page(run)
@@ -25,6 +27,7 @@ def write(run: Run) -> None:
         logging.info(f"  {file}: {meaning}")
     if hasattr(run, "saved") and run.saved.lost is not None:
         raise run.saved.lost
+    logging.info("Done")
 
 
 def _log_errors(run: Run) -> None:
