@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -128,6 +129,7 @@ def parse(
         ConfigError: unknown or contradictory flags, or a value that makes no sense.
         ArtefactError: --adapter_start names no adapter.
     """
+    argv = tuple(sys.argv[1:] if argv is None else argv)
     args = parsing.parse(build_parser(), argv)
     given: dict[str, object] = {}
     for name, value in vars(args).items():
@@ -138,7 +140,7 @@ def parse(
     config = _adapter(args, given, args.adapter_start)
     chosen = _follow_recipe(args, config, given)
     options = RunOptions(
-        **{f.name: getattr(args, f.name) for f in RunOptions.flags()}, chosen=chosen
+        **{f.name: getattr(args, f.name) for f in RunOptions.flags()}, chosen=chosen, argv=argv
     )
     if config is None:
         for field in RunOptions.flags():

@@ -18,7 +18,8 @@ CONSTANT, COSINE = "constant", "cosine"
 class RunOptions:
     """Options of a training run with an adapter that mace-torch doesn't have.
 
-    Each is a flag, but for `chosen`: the flags that a preset has set, with their values.
+    Each is a flag, but for `chosen`: the flags that a preset has set, with their values; and
+    `argv`: the command line, without the program.
     """
 
     adapter_start: str | None = option(
@@ -57,6 +58,7 @@ class RunOptions:
     )
     trust: bool = option(False, TRUST_HELP)
     chosen: Mapping[str, object] = field(default_factory=dict)
+    argv: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:

@@ -16,7 +16,6 @@ _FACTS = (
 # Warnings that are false with an adapter, or about a default that harms nobody
 _FALSE = (
     "System is rank deficient",  # where it is, E0s are chosen with care, and ours says which
-    "Since ASE version 3.23.0b1",  # frames are read under the keys that were given
     "Validation batch size",
     "Merging LoRA weights",  # of any method, and ours says how well
 )
@@ -80,6 +79,4 @@ class Terminal:
             return False
         if text.startswith("Skipping evaluation for heads: ['pt_head']"):
             return self._replay()
-        return (
-            self._training or record.levelno >= logging.WARNING or text.startswith(_FACTS)
-        )
+        return self._training or record.levelno >= logging.WARNING or text.startswith(_FACTS)
