@@ -19,8 +19,9 @@ def command(options: RunOptions, *more: str) -> str:
     if processes.launched():
         return f"the command that started it, with {' '.join(more)}"
     program = _PROGRAMS.get(Path(sys.argv[0]).name, "mace_run_train")
-    new = [flag for flag in more if flag not in options.argv]
-    return f"{program} {shlex.join([*options.argv, *new])}"
+    anew = tuple(f"{flag.split('=')[0]}=" for flag in more)
+    kept = [word for word in options.argv if word not in more and not word.startswith(anew)]
+    return f"{program} {shlex.join([*kept, *more])}"
 
 
 def flags_for_best(args: argparse.Namespace, epochs: int) -> list[str]:

@@ -213,8 +213,7 @@ def _read_adapter(folder: str) -> AdapterConfig:
 
 
 def _refuse_options_of_others(method: str | None, given: dict[str, object]) -> None:
-    # upstream accepts --lora_rank without --lora, and so do we
-    allowed = ["lora_rank", "lora_alpha"] if method is None else _flags_of(method)
+    allowed = [] if method is None else _flags_of(method)
     chosen = f"--adapter={method}" if method else "no adapter is chosen"
     for other in METHODS:
         for flag in _flags_of(other):

@@ -57,6 +57,9 @@ class RunOptions:
         choices=CHOICES,
     )
     trust: bool = option(False, TRUST_HELP)
+    overwrite: bool = option(
+        False, "replace a .model file of this --name that a run with other flags has made"
+    )
     chosen: Mapping[str, object] = field(default_factory=dict)
     argv: tuple[str, ...] = ()
 

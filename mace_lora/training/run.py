@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
         with upstream.substituted(_loaders(args, model)):
             library.run(args)
         return
-    model = prepare(args, options)
+    model = prepare(args, config, options)
     precision.exact_coefficients()
     record = Run(Asked(args, config, options))
     if model is not None:
