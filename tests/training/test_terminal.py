@@ -43,7 +43,7 @@ def test_what_matters_is_shown(run):
         "Adapter full (",
         "after injecting full into 29 layers (100.0 % of the base",
         "| part of the model",
-        "E0s of head Default: H -13.",
+        "E0s of head Default: H -",
         "Energy offset before training",
         "Set by the preset: --lr=0.005",
     ):
