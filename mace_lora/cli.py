@@ -40,6 +40,8 @@ def _door() -> Iterator[None]:
             say("", end="")  # argparse prints help without looking whether anybody reads it
     except MaceLoraError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # what shells take for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,8 +19,11 @@ class ExistingFile(str):
 
     def check(self, called: str) -> None:
         """Raises an error that calls it `called`, such as --data=test.xyz, where it is missing."""
-        if not Path(self).expanduser().exists():
-            raise ConfigError(f"{called}: there is no such file")
+        path = Path(self).expanduser()
+        if not path.exists():
+            beside = [p.name for p in itertools.islice(path.parent.glob("*"), 1000)]
+            hint = closest(path.name, beside)
+            raise ConfigError(f"{called}: there is no such file. {hint}".rstrip(" ."))
 
 
 class ExistingAdapter(ExistingFile):
@@ -55,6 +58,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     _refuse(
         parser, [w for w in words if w.startswith("--") and not any(f.startswith(w) for f in flags)]
     )
+    _suggest_choices(parser)
     options, unknown = parser.parse_known_args(argv)
     _refuse(parser, unknown)  # among them keys of a configuration file
     return options
@@ -69,6 +73,21 @@ def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
 
 # argparse can't say in public which flags a parser has, nor move them from one group to another.
 # The names with underscores below are private, and the same since Python 2.7.
+
+
+def _suggest_choices(parser: argparse.ArgumentParser) -> None:
+    """Let the error for a value that is none of a flag's choices say which one is close."""
+    check = parser._check_value
+
+    def check_value(action: argparse.Action, value: object) -> None:
+        try:
+            check(action, value)
+        except argparse.ArgumentError as error:
+            hint = closest(str(value), map(str, action.choices or ()))
+            error.message = f"{error.message}. {hint}".rstrip()
+            raise
+
+    setattr(parser, "_check_value", check_value)  # noqa: B010  # a method, to mypy
 
 
 def all_flags(parser: argparse.ArgumentParser) -> list[str]:

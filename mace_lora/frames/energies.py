@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mace_lora.errors import ConfigError, DataError, FoundationModelError
+from mace_lora.errors import ConfigError, DataError, FoundationModelError, closest
 from mace_lora.frames import isolated_atoms
 from mace_lora.frames.checks import symbols
 from mace_lora.model.description import atomic_numbers, describe
@@ -63,7 +63,8 @@ class AtomicEnergies:
         except Exception as error:  # of ast, json, the file system, a fit
             raise ConfigError(
                 f"--E0s={E0s} can't be used ({error}): give estimated, average or foundation, a "
-                "table such as '{1: -13.6, 8: -2041.8}' by atomic number, or a .json file of one"
+                "table such as '{1: -13.6, 8: -2041.8}' by atomic number, or a .json file of one. "
+                f"{closest(str(E0s), ('estimated', 'average', 'foundation'))}".rstrip()
             ) from error
         wrong = [z for z, energy in energies.items() if not math.isfinite(energy)]
         if wrong:

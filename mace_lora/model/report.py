@@ -86,10 +86,15 @@ class InjectionReport:
             lines.append(f"{reason} ({sum(s.numel for s in group):,} parameters): {names}")
         return lines
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """Counts, kinds of layers and the table: some twenty lines."""
         kinds = Counter(layer.kind for layer in self.layers)
-        lines = [self.counts(), "Adapted: " + ", ".join(f"{n} {k}" for k, n in kinds.items())]
-        lines.append(self.table())
+        adapted = "Adapted: " + ", ".join(f"{n} {k}" for k, n in kinds.items())
+        return "\n".join([self.counts(), adapted, self.table()])
+
+    def details(self) -> str:
+        """Layers that can't use the full rank, and parameters that were not adapted."""
+        lines = []
         if self.capped():
             lines.append("Rank capped at what the layer can use:")
             lines += [f"  {line}" for line in self.capped()]
@@ -97,3 +102,6 @@ class InjectionReport:
             lines.append("Not adapted, and frozen:")
             lines += [f"  {line}" for line in self.not_adapted()]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, [self.summary(), self.details()]))

@@ -16,8 +16,9 @@ from mace_lora.files import whole_file
 
 # what is drawn and summed up: key of upstream's metrics, label, unit after multiplication by 1000
 _CURVES = (
-    ("mae_e_per_atom", "energy MAE", "meV per atom"),
-    ("mae_f", "force MAE", "meV/Å"),
+    ("rmse_e_per_atom", "energy RMSE", "meV per atom"),
+    ("rmse_f", "force RMSE", "meV/Å"),
+    ("rmse_stress", "stress RMSE", "meV/Å³"),
 )
 
 
@@ -69,7 +70,7 @@ class ProgressBar:
         """Validation errors, as upstream reports them (eV, eV/A)."""
         if self._bar is None:
             return
-        for key, label in (("mae_e_per_atom", "E/atom meV"), ("mae_f", "F meV/A")):
+        for key, label in (("rmse_e_per_atom", "E/atom meV"), ("rmse_f", "F meV/A")):
             if isinstance(error := metrics.get(key), float):
                 self._shown[label] = f"{1e3 * error:.1f}"
 
@@ -147,6 +148,23 @@ class History:
         ends = [self._ends(head) for head in self.heads()]
         return any(best["loss"] < (1 - 1e-6) * before["loss"] for before, best in ends)
 
+    def losses(self, head: str) -> list[float]:
+        """The validation losses of the epochs that were judged."""
+        return [m["loss"] for e, h, m in self.rows if h == head and e is not None and "loss" in m]
+
+    def beside(self, head: str, other: Mapping[str, float]) -> list[tuple[str, str, float, float]]:
+        """Quantity, unit, the error of `other`, and that of validation at the lowest loss.
+
+        Args:
+            other: errors of another set, as mace-torch calls them, eV and A.
+        """
+        _, best = self._ends(head)
+        return [
+            (label, unit, 1e3 * other[key], 1e3 * best[key])
+            for key, label, unit in _CURVES
+            if key in other and key in best
+        ]
+
     def _ends(self, head: str) -> tuple[dict[str, float], dict[str, float]]:
         """The errors before training, and those at the lowest loss: of the model that is kept."""
         mine = [(e, m) for e, h, m in self.rows if h == head]
@@ -155,7 +173,7 @@ class History:
         return before, min(trained, key=lambda m: m.get("loss", float("inf")))
 
     def plot(self, path: Path, title: str = "") -> None:
-        """Energy and force MAE on the validation set against the epoch, as a PNG."""
+        """Errors on the validation set against the epoch, as a PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -44,6 +44,7 @@ def write(
     valid_sets: dict[str, Dataset],
     files: Callable[[], dict[str, str]],
     trust: Sequence[str],
+    judged: Sequence[str],
 ) -> Path:
     """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
 
@@ -58,6 +59,7 @@ def write(
         valid_sets: validation data sets by head.
         files: gives what the run left, and what each is.
         trust: verdicts on what the model does away from the training frames.
+        judged: the verdict on the run.
     """
     folder, name, batch_size = Path(args.model_dir), args.name, args.valid_batch_size
     sets = [
@@ -71,6 +73,8 @@ def write(
         name,
         f"{args.foundation_model} fine-tuned with {config.method} on {date.today()}; {_versions()}",
     )
+    page.section("Verdict")
+    page.points(judged)
     _results(page, args, history, sets, name)
     page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
     page.picture(picture, "predictions against labels")

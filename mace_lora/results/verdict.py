@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mace_lora.results.progress import History
@@ -71,10 +71,10 @@ def _worse(
             change[weight] = 10 * float(str(flags[weight]))
             advice = f": raise --{weight} (it was {flags[weight]:g})"
         found.append(f"{label} got worse, {before:.1f} -> {after:.1f} {unit}{where}{advice}")
-    if not found and not history.has_learnt(head):
+    if not found and not history.has_learnt():
         found.append(
-            "the validation loss never fell below that of the foundation model"
-            f"{where}: train longer, or try another --lr (it was {flags.get('lr')})"
+            "the validation loss never fell below that of the foundation model: train longer, or "
+            f"try another --lr (it was {flags.get('lr')})"
         )
     return found
 
@@ -87,15 +87,12 @@ def _overfitted(
     flags: Mapping[str, object],
     change: dict[str, object],
 ) -> list[str]:
-    for label, unit, key, after in history.ends(head):
-        seen = 1e3 * training.get(key, float("inf"))
+    for label, unit, seen, after in history.beside(head, training):
         if label.startswith("force") and after > OVERFITTED * seen:
-            rank = flags.get("lora_rank")
-            lower = "a lower rank" if isinstance(rank, int) and rank > 1 else "fewer targets"
             change.setdefault("max_num_epochs", max(1, int(str(flags["max_num_epochs"])) // 2))
             return [
-                f"overfitted: {label} of training {seen:.1f}, of validation {after:.1f} "
-                f"{unit}{where}: more frames, fewer epochs or {lower}"
+                f"overfitted{where}: {label} of training {seen:.1f}, of validation {after:.1f} "
+                f"{unit}: more frames, fewer epochs or fewer parameters (rank, targets)"
             ]
     return []
 
@@ -121,7 +118,7 @@ def command(verdict: Verdict, name: str, config: str) -> str:
     return f"mace_run_train --config={config} --name={name}_2 {flags}"
 
 
-def lines(verdict: Verdict, next_command: str) -> Sequence[str]:
+def lines(verdict: Verdict, next_command: str) -> list[str]:
     """All of it, for a page or a log."""
     tried = [f"to try next: {next_command}"] if next_command else []
     return [*verdict.bad, *verdict.told, *tried] or ["every error is lower than before training"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -129,6 +130,7 @@ def parse(
         ConfigError: unknown or contradictory flags, or a value that makes no sense.
         ArtefactError: --adapter_start names no adapter.
     """
+    argv = tuple(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parsing.parse(parser, argv)
     given: dict[str, object] = {}
@@ -143,6 +145,7 @@ def parse(
         **{f.name: getattr(args, f.name) for f in RunOptions.flags()},
         chosen=chosen,
         given={k: v for k, v in given.items() if v != parser.get_default(k)},
+        argv=argv,
     )
     if config is None:
         for field in RunOptions.flags():
@@ -212,8 +215,7 @@ def _read_adapter(folder: str) -> AdapterConfig:
 
 
 def _refuse_options_of_others(method: str | None, given: dict[str, object]) -> None:
-    # upstream accepts --lora_rank without --lora, and so do we
-    allowed = ["lora_rank", "lora_alpha"] if method is None else _flags_of(method)
+    allowed = [] if method is None else _flags_of(method)
     chosen = f"--adapter={method}" if method else "no adapter is chosen"
     for other in METHODS:
         for flag in _flags_of(other):

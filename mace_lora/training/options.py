@@ -20,8 +20,8 @@ CONSTANT, COSINE = "constant", "cosine"
 class RunOptions:
     """Options of a training run with an adapter that mace-torch doesn't have.
 
-    Each is a flag, but for `chosen`: the flags that were set to what suits, and `given`: those that
-    the user gave.
+    Each is a flag, but for `chosen`: the flags that were set to what suits, `given`: those that the
+    user gave, and `argv`: the command line, without the program.
     """
 
     adapter_start: str | None = option(
@@ -70,8 +70,12 @@ class RunOptions:
         choices=(recipes.OURS, recipes.MACE_TORCH),
     )
     trust: bool = option(False, TRUST_HELP)
+    overwrite: bool = option(
+        False, "replace a .model file of this --name that a run with other flags has made"
+    )
     chosen: Mapping[str, Choice] = field(default_factory=dict)
     given: Mapping[str, object] = field(default_factory=dict)
+    argv: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
 
+from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError
 from mace_lora.frames import stored
 from mace_lora.training import checks, flags
 from mace_lora.training.arguments import check_files
 from mace_lora.training.epochs import processes
-from mace_lora.training.options import RunOptions
+from mace_lora.training.options import CONSTANT, RunOptions
 from mace_lora.upstream import loading, rebuilding
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.devices import check_device
@@ -21,7 +23,9 @@ from mace_lora.upstream.devices import check_device
 _FROM_FOUNDATION = ("MACE", "ScaleShiftMACE", "MACELES", "PolarMACE")
 
 
-def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | None:
+def prepare(
+    args: argparse.Namespace, config: AdapterConfig, options: RunOptions
+) -> torch.nn.Module | None:
     """Check what can be checked before anything is written, and load the foundation model.
 
     Some of mace-torch's flags are set here. None stands for a model that mace-torch loads by name.
@@ -42,6 +46,7 @@ def prepare(args: argparse.Namespace, options: RunOptions) -> torch.nn.Module | 
             "(mini, medium_off, ..., or a .model file)"
         )
     _refuse_contradictions(args)
+    _refuse_without_effect(args, config, options)
     check_device(args.device, args.default_dtype)
     checks.numbers(args)
     flags.check_heads(args)
@@ -90,3 +95,25 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
             f"--name={args.name}: files are called by it, so it can't be empty or hold a /; for "
             "another folder give --work_dir"
         )
+
+
+def _refuse_without_effect(
+    args: argparse.Namespace, config: AdapterConfig, options: RunOptions
+) -> None:
+    if options.trust and not Path(args.foundation_model).expanduser().is_file():
+        raise ConfigError(
+            f"--trust has no effect with --foundation_model={args.foundation_model}: it is about "
+            "how .model files are read; leave it out"
+        )
+    if not args.lbfgs:
+        return
+    # of other optimisers' steps; a preset may have set the schedule
+    given = {
+        "warmup_steps": options.warmup_steps > 0,
+        "schedule": options.schedule != CONSTANT and "schedule" not in options.chosen,
+        f"{config.method}_dropout": getattr(config.options, "dropout", 0) > 0,
+        f"{config.method}_lr_ratio": getattr(config.options, "lr_ratio", 1) != 1,
+    }
+    for flag, has_no_effect in given.items():
+        if has_no_effect:
+            raise ConfigError(f"--{flag} has no effect with --lbfgs: leave one of them out")

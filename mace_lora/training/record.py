@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -72,7 +73,8 @@ class Trained:
     """The epochs have begun; history and progress grow until they are over."""
 
     n_frames: int  # in the training set
-    valid_sets: dict[str, Dataset]  # by head
+    train_sets: dict[str, Dataset]  # by head
+    valid_sets: dict[str, Dataset]
     history: History = field(default_factory=History)  # empty but in the first process
     at: Progress = field(default_factory=Progress)
 
@@ -91,6 +93,7 @@ class Run:
     Attributes:
         files: that frames were read from, so far.
         chosen: the flags that were not given, at what suits the run.
+        evaluated: the data sets of mace-torch's tables at the end, with their errors.
         estimated: the heads whose E0s were estimated, by none but the foundation model's answers.
         foundation: the foundation model as it was loaded, with all its heads and elements.
         injected: says what the adapter changes in the model.
@@ -105,6 +108,7 @@ class Run:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.files: list[str] = []
+        self.evaluated: list[tuple[Dataset, Mapping[str, float]]] = []
         self.estimated: set[str] = set()
         self.chosen: dict[str, Choice] = dict(asked.options.chosen)
 

@@ -22,7 +22,7 @@ from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.training.options import RunOptions
 from mace_lora.training.prepare import prepare
 from mace_lora.training.record import Asked, Run
-from mace_lora.upstream import cueq, library, loading, precision
+from mace_lora.upstream import cueq, library, loading, logs, precision
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.known import MINI
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
         with upstream.substituted(_loaders(args, model)):
             library.run(args)
         return
-    model = prepare(args, options)
+    model = prepare(args, config, options)
     precision.exact_coefficients()
     record = Run(Asked(args, config, options))
     if model is not None:
@@ -67,11 +67,13 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     data = Data(args, lambda: getattr(run, "foundation", None), run.files, run.estimated, welcome)
     suiting = defaults.Suiting(run, data)
     starting = start.Start(run, data)
-    computing = Computing(run.asked.options.step)
+    computing = Computing(run.asked.options.step, run.evaluated)
     checkpoints = Checkpoints(run)
     ending = saving.Saving(run, checkpoints)
+    terminal = logs.Terminal(replay=lambda: bool(args.multiheads_finetuning))
     return {
         "init_distributed": processes.init,
+        "setup_logger": terminal.set_up,
         # foundation: here, or before the script where we have loaded it
         **{key: start.remember_foundation(run, upstream.original(key)) for key in _LOADERS},
         # the frames
@@ -96,7 +98,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         # trained
         **computing.substitutes(),
         "metrics": metrics.metrics,
-        "train": partial(train, run, stop, computing, checkpoints),
+        "train": terminal.then(partial(train, run, stop, computing, checkpoints)),
         # saved
         "merge": ending.merge,
         "from_cueq": ending.convert_back(cueq.convert_back),

@@ -10,6 +10,7 @@ from copy import deepcopy
 import numpy as np
 import numpy.typing as npt
 import torch
+from ase.data import chemical_symbols
 
 from mace_lora.adapters.registry import get_method
 from mace_lora.errors import ArtefactError, FoundationModelError, MaceLoraError
@@ -22,7 +23,7 @@ from mace_lora.training.data import Data
 from mace_lora.training.epochs import processes
 from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.record import Run, Started
-from mace_lora.upstream import cueq, predicting
+from mace_lora.upstream import cueq, logs, predicting
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.loading import loading_named
 from mace_lora.upstream.types import ElementTable, HeadConfig, Loader
@@ -139,6 +140,7 @@ class Start:
             "fingerprint": fingerprint(model_foundation),
         }
         _restore_e0s(model, energies)
+        _log_e0s(heads, elements, energies)
         start = {**describe(model), "fingerprint": fingerprint(model)}
         self.run.started = Started(base, start)
         _log_energy_offset(args, model, train_loader, self.data.has_isolated_atoms)
@@ -161,7 +163,9 @@ class Start:
         if banner:
             logging.info(banner)
         options = ", ".join(f"{k}={v}" for k, v in config.options.to_json().items())
-        logging.info(f"Adapter {config.method} ({options})\n{self.run.injected}")
+        logging.info(f"Adapter {config.method} ({options})\n{self.run.injected.summary()}")
+        if details := self.run.injected.details():
+            logs.to_file(details)
         return model
 
     def _take_factors(self, model: torch.nn.Module, folder: str) -> None:
@@ -184,11 +188,20 @@ def _restore_e0s(model: torch.nn.Module, energies: npt.NDArray[np.float64] | Non
     asked = torch.as_tensor(energies, dtype=block.atomic_energies.dtype)
     asked = asked.reshape(block.atomic_energies.shape).to(block.atomic_energies.device)
     if not torch.allclose(asked, block.atomic_energies, rtol=1e-6, atol=1e-6):
-        logging.info(
+        logs.to_file(
             "mace-torch had replaced the E0s of this run by the foundation model's; "
             "restored those that were asked for"
         )
     block.atomic_energies = asked
+
+
+def _log_e0s(
+    heads: list[str], elements: list[int], energies: npt.NDArray[np.float64] | None
+) -> None:
+    for head, row in zip(heads, [] if energies is None else np.atleast_2d(energies), strict=False):
+        shown = zip(elements, row, strict=True)
+        text = ", ".join(f"{chemical_symbols[z]} {energy:.3f}" for z, energy in shown)
+        logging.info(f"E0s of head {head}: {text} eV")
 
 
 def _log_energy_offset(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
-from mace_lora.results import run_page
+from mace_lora.results import run_page, verdict
 from mace_lora.training.files.saving import files_left
 from mace_lora.training.record import Run
 from mace_lora.trust import checks
@@ -17,25 +18,47 @@ def write(run: Run) -> None:
     Raises:
         WriteError: a file that mace-torch goes on without could not be written.
     """
-    if hasattr(run, "trained") and run.trained.history:
+    if not hasattr(run, "trained"):  # --dry_run
+        return
+    judged: list[str] = []
+    if run.trained.history:
+        judged = _judge(run)
         _log_errors(run)
     if hasattr(run, "saved"):
-        _write_page(run)
+        _write_page(run, judged)
     for file, meaning in files_left(run).items():
         logging.info(f"  {file}: {meaning}")
     if hasattr(run, "saved") and run.saved.lost is not None:
         raise run.saved.lost
+    logging.info("Done")
+
+
+def _judge(run: Run) -> list[str]:
+    """The verdict, told in the log; the same for the page."""
+    trained, args = run.trained, run.asked.args
+    sets = {id(dataset): errors for dataset, errors in run.evaluated}
+    found = verdict.judge(
+        trained.history,
+        {head: sets.get(id(part), {}) for head, part in trained.train_sets.items()},
+        {head: len(part) for head, part in trained.valid_sets.items()},
+        vars(args),
+    )
+    for sentence in found.bad:
+        logging.warning(_ascii(sentence[0].upper() + sentence[1:]))
+    following = verdict.command(found, args.name, str(Path(args.model_dir) / f"{args.name}.yaml"))
+    for sentence in (*found.told, *([f"to try next: {following}"] if following else [])):
+        logging.info(_ascii(sentence[0].upper() + sentence[1:]))
+    return verdict.lines(found, following)
+
+
+def _ascii(text: str) -> str:
+    return text.replace("Å", "A").replace("³", "^3")
 
 
 def _log_errors(run: Run) -> None:
     history = run.trained.history
-    errors = history.summary().replace("Å", "A")  # the log may be ASCII
+    errors = _ascii(history.summary())  # the log may be
     logging.info(f"Validation, before -> after: {errors}")
-    if not history.has_learnt():
-        logging.warning(
-            "The validation loss never fell below that of the foundation model: train "
-            f"longer, or try another --lr (it was {run.asked.args.lr})"
-        )
 
 
 def _trust(run: Run) -> list[str]:
@@ -51,7 +74,7 @@ def _trust(run: Run) -> list[str]:
     return [str(check) for check in found]
 
 
-def _write_page(run: Run) -> None:
+def _write_page(run: Run, judged: list[str]) -> None:
     try:
         run_page.write(
             run.asked.args,
@@ -64,6 +87,7 @@ def _write_page(run: Run) -> None:
             run.trained.valid_sets,
             lambda: files_left(run),
             _trust(run),
+            judged,
         )
     except Exception as error:  # the models are saved, and a page is no reason to fail
         logging.warning(f"no report: {type(error).__name__}: {error}")

@@ -180,4 +180,4 @@ def test_one_frame_and_an_atom_alone(tmp_path, flags, small_data, caplog):
     state = torch.load(tmp_path / "run.model", weights_only=False).state_dict()
     assert all(np.isfinite(v.numpy()).all() for v in state.values())
     ase.io.write(tmp_path / "train.xyz", frames[:1], format="extxyz")
-    assert here(tmp_path, *flags, *more) == ""
+    assert here(tmp_path, *flags, *more, "--overwrite=True") == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import time
@@ -96,6 +97,70 @@ def test_signals_of_batch_systems(tmp_path, flags, whole, caplog):
     assert here(tmp_path, *flags) == ""
     assert caplog.text.count("Continuing from") == 2
     assert_ended_like(tmp_path, whole)
+
+
+@pytest.fixture
+def _ctrl_c_is_heard():
+    """Not so where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
+@pytest.mark.parametrize("lines", [10, 26, 32])  # in epochs 1, 4 and 5; stage two begins with 4
+def test_ctrl_c_says_how_to_go_on(tmp_path, flags, whole, caplog, capfd, lines):
+    """Both commands that it names are run: the best epoch as a model, and on to the end."""
+    flags = [*flags, "--max_num_epochs=6"]
+    with signal_after(signal.SIGINT, tmp_path, lines):
+        assert here(tmp_path, *flags) == "130"
+    assert "once more ends at once" in capfd.readouterr().err
+    assert "Ctrl-C: stopped at epoch" in caplog.text
+    assert not (tmp_path / "run.model").exists()
+    commands = [line.strip() for line in caplog.text.splitlines() if "  mace_run_train" in line]
+    on, best = (shlex.split(line)[1:] for line in commands)
+    assert on == [*flags, "--restart_latest"]
+    stopped = len(results(tmp_path))
+    assert here(tmp_path, *best) == ""
+    assert len(results(tmp_path)) == stopped  # nothing was trained
+    stage = "_stagetwo" if lines == 32 else ""
+    adapter = tmp_path / f"checkpoints/run_run-1{stage}_best_adapter/adapter_model.safetensors"
+    saved = tmp_path / f"run{stage}_adapter/adapter_model.safetensors"
+    assert saved.read_bytes() == adapter.read_bytes()
+    assert (tmp_path / f"run{stage}.model").exists()
+    assert here(tmp_path, *on) == ""
+    assert_ended_like(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
+def test_ctrl_c_before_an_epoch_is_done(tmp_path, flags, caplog):
+    with signal_after(signal.SIGINT, tmp_path, 2):
+        assert here(tmp_path, *flags, "--max_num_epochs=6") == "130"
+    assert "Ctrl-C: stopped at epoch 0" in caplog.text
+    assert "No epoch is done yet" in caplog.text
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
+def test_ctrl_c_once_more_ends_at_once():
+    stop = StopRequest()
+    with stop.receiving(), stop.waiting():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        assert stop
+        with pytest.raises(SystemExit) as left:  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert left.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest().receiving():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigkill_at_any_moment(tmp_path, flags, whole):

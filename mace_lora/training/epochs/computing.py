@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from mace_lora.backends.base import Backend
 from mace_lora.backends.choice import choose
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.types import Metrics, Number
+from mace_lora.upstream.types import Dataset, Loader, Metrics, Number
 
 # Of one step: the loss, and what is logged
 Stepped = tuple[Number, dict[str, Number]]
@@ -24,10 +24,14 @@ class Computing:
 
     Args:
         name: the value of `--step`.
+        at_the_end: to which the data sets are added that are evaluated at the end, with errors.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, at_the_end: list[tuple[Dataset, Mapping[str, float]]] | None = None
+    ) -> None:
         self._name = name
+        self._at_the_end = [] if at_the_end is None else at_the_end
         self._backend: Backend | None = None
 
     def substitutes(self) -> dict[str, object]:
@@ -36,7 +40,7 @@ class Computing:
             "take_step": self.take_step,
             "step_of_lbfgs": self.step_of_lbfgs,
             "evaluate": self.evaluate,
-            "evaluate_at_the_end": self.evaluate,
+            "evaluate_at_the_end": self.evaluate_at_the_end,
         }
 
     def backend(self, model: torch.nn.Module) -> Backend:
@@ -84,6 +88,15 @@ class Computing:
         with self.active(model):
             found: tuple[float, Metrics] = upstream.original("evaluate")(model, *rest, **keywords)
             return found
+
+    def evaluate_at_the_end(
+        self, model: torch.nn.Module, *rest: object, data_loader: Loader, **keywords: object
+    ) -> tuple[float, Metrics]:
+        """The same, for mace-torch's tables of errors."""
+        loss, found = self.evaluate(model, *rest, data_loader=data_loader, **keywords)
+        numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float))}
+        self._at_the_end.append((data_loader.dataset, numbers))
+        return loss, found
 
     @contextlib.contextmanager
     def active(self, model: torch.nn.Module, *, constant_weights: bool = True) -> Iterator[None]:

@@ -9,6 +9,7 @@ import argparse
 import math
 
 from mace_lora.errors import Diverged
+from mace_lora.training.again import flags_for_best
 from mace_lora.training.record import Progress
 
 # So many times the loss before training (or 1, if that is more) is no training any more
@@ -33,7 +34,7 @@ def diverged(
     if at.epoch > 0:
         advice = (
             f"the best epoch so far is kept in {args.checkpoints_dir}. For a model of it "
-            f"repeat the command with --restart_latest --max_num_epochs={at.epoch}; to train "
+            f"repeat the command with {' '.join(flags_for_best(args, at.epoch))}; to train "
             f"on, {advice}, with --restart_latest or from the start"
         )
     return Diverged(f"the {what} is {loss:g} at {where}: training has diverged at {flag}; {advice}")

@@ -26,12 +26,13 @@ import torch
 from mace_lora.frames.checks import sources
 from mace_lora.model.description import heads
 from mace_lora.results.progress import ProgressBar
+from mace_lora.training import again
 from mace_lora.training.epochs import e0s, processes
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.divergence import diverged, has_diverged
 from mace_lora.training.epochs.order import FrameOrder
 from mace_lora.training.epochs.protection import Protection
-from mace_lora.training.epochs.signals import EXIT_CODE, StopRequest
+from mace_lora.training.epochs.signals import StopRequest
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.record import Run
 from mace_lora.upstream import library
@@ -104,7 +105,7 @@ class Loop:
         """Train to the end, or to a signal.
 
         Raises:
-            SystemExit: with EXIT_CODE after SIGTERM or SIGUSR1; a checkpoint is written then.
+            SystemExit: after Ctrl-C, SIGTERM or SIGUSR1; a checkpoint is written then.
             CheckpointError: a checkpoint can't be written.
             Diverged: a loss is not finite, or has exploded.
         """
@@ -263,10 +264,11 @@ class Loop:
         where = f"epoch {self.at.epoch}, step {self.at.steps} of {len(self.train_loader)}"
         logging.warning(
             f"{self.stop.name or 'A signal to another process'}: stopped at {where}; the "
-            f"checkpoint is written. Continue with --restart_latest (exit code {EXIT_CODE})"
+            f"checkpoint is written (exit code {self.stop.exit_code}). "
+            f"{again.advice(self.args, self.run_options, self.at.epoch)}"
         )
         processes.wait_for_all(self.distributed)  # rank 0 has written
-        raise SystemExit(EXIT_CODE)
+        raise SystemExit(self.stop.exit_code)
 
     def _save(self) -> None:
         if self.rank == 0:

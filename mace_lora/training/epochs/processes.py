@@ -55,6 +55,11 @@ def set_launcher(args: argparse.Namespace) -> None:
         )
 
 
+def launched() -> bool:
+    """Whether torchrun or SLURM has started this process, beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or (dist.is_available() and dist.is_initialized())
+
+
 def init(args: argparse.Namespace) -> tuple[int, int, int]:
     """mace-torch's `init_distributed`, for CPUs too: rank, rank on this machine, processes."""
     if args.distributed and args.device == "cpu" and args.launcher != "none":

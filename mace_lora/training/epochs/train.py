@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from mace_lora.training import defaults
@@ -13,7 +14,7 @@ from mace_lora.training.epochs.signals import StopRequest
 from mace_lora.training.files.checkpoints import Checkpoints
 from mace_lora.training.record import Run, Trained
 from mace_lora.upstream import names as upstream
-from mace_lora.upstream.types import TrainArguments
+from mace_lora.upstream.types import Dataset, TrainArguments
 
 
 def train(
@@ -26,6 +27,7 @@ def train(
     given = TrainArguments.of(keywords)
     run.trained = Trained(
         n_frames=len(given.train_loader.dataset),
+        train_sets=_by_head(given),
         valid_sets={head: loader.dataset for head, loader in given.valid_loaders.items()},
     )
     loop = Loop(run, given, stop, computing, checkpoints)
@@ -39,6 +41,13 @@ def train(
     checkpoints.training_is_over()
     if given.rank == 0 and run.trained.history:
         _draw_learning_curve(run)
+
+
+def _by_head(given: TrainArguments) -> dict[str, Dataset]:
+    """The training frames of each head; mace-torch joins those of all."""
+    joined = given.train_loader.dataset
+    parts: Iterable[Dataset] = getattr(joined, "datasets", [joined])
+    return dict(zip(given.valid_loaders, parts, strict=False))
 
 
 def _describe_to_wandb(run: Run, trained: int) -> None:

@@ -16,6 +16,7 @@ place after the old one was removed, and don't know where in the run they were w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, cast
 
 import torch
 
-from mace_lora.errors import CheckpointError
+from mace_lora.errors import CheckpointError, ConfigError
 from mace_lora.files import whole_file
 from mace_lora.model import artefact
 from mace_lora.model.injection import adapter_parameters
@@ -206,10 +207,12 @@ class Checkpoints:
 
         Raises:
             CheckpointError: no checkpoint can be read, or it belongs to another run.
+            ConfigError: the run would overwrite the model that another run has made.
         """
         if loop.rank == 0:
             self._remove_half_files()
         if not self.args.restart_latest:
+            self._keep_results_of_others(loop)
             if self.latest.exists():
                 logging.warning(
                     f"{self.latest} of an earlier run is replaced after the first epoch; "
@@ -218,6 +221,7 @@ class Checkpoints:
             return False
         path, state = self._read()
         if state is None:
+            self._keep_results_of_others(loop)
             logging.info(f"No checkpoint {self.latest}: starting from the beginning")
             return False
         here = self._identity(loop)
@@ -237,6 +241,22 @@ class Checkpoints:
         self.last_written = f"epoch {at.epoch}, step {at.steps}"
         logging.info(f"Continuing from {path} at epoch {at.epoch}, step {at.steps}")
         return True
+
+    def _keep_results_of_others(self, loop: Loop) -> None:
+        """A run that begins may replace the result of one with the same flags alone."""
+        model = Path(self.args.model_dir) / f"{self.args.name}.model"
+        if self._record.asked.options.overwrite or not model.exists():
+            return
+        why = [f"no checkpoint of this name and seed is in {self._folder}"]
+        with contextlib.suppress(CheckpointError):
+            state = self._read()[1]
+            if state is not None:
+                why = identity.other_results(state["run"], self._identity(loop))
+        if why:
+            raise ConfigError(
+                f"--name={self.args.name}: {model} exists, and another run has made it "
+                f"({'; '.join(why[:3])}). Give another --name, or --overwrite=True to replace it"
+            )
 
     def _remove_half_files(self) -> None:
         """Remove the halves of files that a killed run of this name left (see `files`)."""

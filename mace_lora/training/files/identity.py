@@ -28,6 +28,11 @@ _FREE = (
     *("energy_weight", "forces_weight", "stress_weight", "virials_weight"),
     *("swa_energy_weight", "swa_forces_weight", "swa_stress_weight"),
 )
+# Flags that say where and with what help a run computes, not what comes out
+_AROUND = {
+    *("restart_latest", "config", "device", "distributed", "launcher", "num_workers"),
+    *("pin_memory", "log_level", "log_dir"),
+}
 # E0s are fitted again at each start: equal up to rounding
 _SAME_ENERGY = 1e-6
 
@@ -51,6 +56,7 @@ class Identity(TypedDict):
     stage_two: dict[str, object]
     free: dict[str, object]
     data: dict[str, object]
+    flags: dict[str, object]  # all of mace-torch's; older checkpoints lack them
 
 
 def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
@@ -78,6 +84,7 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         "stage_two": _flags(args, _STAGE_TWO),
         "free": _flags(args, _FREE),
         "data": data,
+        "flags": _flags(argparse.Namespace(**run.asked.given), run.asked.given),
     }
 
 
@@ -111,6 +118,16 @@ def differences(there: Identity, here: Identity, progress: Progress) -> list[str
     elif start < progress.epoch or (start == progress.epoch and progress.steps):
         found.append(f"epoch {progress.epoch} in stage one there, --start_swa={start} here")
     return found
+
+
+def other_results(there: Identity, here: Identity) -> list[str]:
+    """What two runs from the beginning differ in, so that their results do, too; a text each."""
+    flags = [
+        {k: v for k, v in run.get("flags", here["flags"]).items() if k not in _AROUND}
+        for run in (there, here)
+    ]
+    found = [*differences(there, here, Progress()), *_changes(flags[0], flags[1], prefix="--")]
+    return list(dict.fromkeys([*found, *_changes(there["free"], here["free"], prefix="--")]))
 
 
 def _changes(there: dict[str, object], here: dict[str, object], prefix: str) -> list[str]:
