@@ -209,7 +209,7 @@ class Bench:
                 start = time.perf_counter()
                 environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
                 done = subprocess.run(
-                    [*command, *flags],
+                    [*command, *flags, *([] if who == UPSTREAM else ["--defaults=mace-torch"])],
                     cwd=folder / who,
                     env=environment,
                     capture_output=True,

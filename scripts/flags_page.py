@@ -16,7 +16,7 @@ from pathlib import Path
 from mace_lora.adapters.options import AdapterOptions
 from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.training.options import RunOptions
-from mace_lora.training.recipes import of
+from mace_lora.training.recipes import BY_DATA, RECIPE
 
 PAGE = Path(__file__).parent.parent / "configs" / "README.md"
 BEGIN, END = "<!-- flags: written by scripts/flags_page.py -->", "<!-- end of flags -->"
@@ -69,11 +69,18 @@ def method_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     return common, own
 
 
+def suits() -> list[tuple[str, ...]]:
+    """Rows of the flags that take another value with an adapter than in mace-torch."""
+    by_data = ", ".join(f"`--{flag}`" for flag in BY_DATA)
+    rows = [(f"`--{flag}`", shown(c.value), c.why) for flag, c in RECIPE.items()]
+    return [*rows, (by_data, "as the log says", "number and size of the training frames")]
+
+
 def preset_rows() -> list[tuple[str, ...]]:
     return [
         (
             f"`--{method}_preset={name}`",
-            ", ".join(f"{k} {shown(v)}" for k, v in {**values, **of(method, name)}.items()),
+            ", ".join(f"{k} {shown(v)}" for k, v in values.items()),
         )
         for method in METHODS
         for name, values in options_of(method).presets.items()
@@ -95,6 +102,7 @@ def tables() -> str:
         ("Options of some methods", table(head, own)),
         ("Presets", table(("flag", "what it sets, unless you give it"), preset_rows())),
         ("The run", table(head, run)),
+        ("What suits a fine-tuning, unless you give it", table(("flag", "value", "why"), suits())),
     ]
     return "\n\n".join(f"### {title}\n\n" + "\n".join(lines) for title, lines in parts)
 

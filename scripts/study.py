@@ -116,6 +116,8 @@ def run(variant: Variant, args: argparse.Namespace, seed: int, lr: float) -> Pat
         torch.save(load_foundation("mini", dtype=getattr(torch, args.dtype)), folder / "mini.model")
         command = [sys.executable, "-c", "from mace.cli.run_train import main; main()"]
         flags.append("--foundation_model=mini.model")
+    elif any(flag.startswith(("--lora=", "--adapter=")) for flag in variant.flags):
+        flags.append("--defaults=mace-torch")
     start = time.time()
     with open(folder / "output.txt", "w", encoding="utf-8") as log:
         subprocess.run(

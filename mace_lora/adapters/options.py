@@ -227,8 +227,7 @@ def check_alpha(name: str, value: object) -> None:
 class LoraOptions(LowRankOptions):
     """Options of `--adapter=lora`; rank and alpha are mace-torch's own flags."""
 
-    # Chosen on aspirin, acetylacetone and ethanol from `mini`, see this folder's README; the
-    # rest of the recipes is in training/recipes.py
+    # Chosen on aspirin, acetylacetone and ethanol from `mini`, see this folder's README
     presets: ClassVar[dict[str, dict[str, object]]] = {
         "small-data": {"rank": 4, "alpha": 4.0, "targets": ("default",)},
         "balanced": {"rank": 6, "alpha": 6.0, "targets": ("all",)},
@@ -262,8 +261,6 @@ class FullOptions(AdapterOptions):
     Targets and exceptions choose among all parameters. `bias` adds nothing to the default, and
     `modules_to_save` E0s, scale and shift, which are no parameters.
     """
-
-    presets: ClassVar[dict[str, dict[str, object]]] = {"balanced": {}}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ set -euo pipefail
 train=$1 test=$2 base=${3:-mini}
 
 mace_run_train --name=my_model --foundation_model="$base" \
-    --adapter=full --full_preset=balanced \
+    --adapter=full \
     --train_file="$train" --valid_fraction=0.1 --test_file="$test" \
     --batch_size=5 --max_num_epochs=100 \
     --default_dtype=float64 --restart_latest "${@:4}"

@@ -24,6 +24,7 @@ import yaml
 
 from mace_lora.errors import ConfigError, MaceLoraError
 from mace_lora.files import whole_file
+from mace_lora.training.recipes import MACE_TORCH
 from reproduction import evaluation, foundation
 from reproduction.datasets import System, sha256, write_xyz
 from reproduction.protocol import Method
@@ -108,7 +109,9 @@ def _config(run: Run) -> str:
         "seed": run.seed,
     }
     foundation_model = {} if model is None else {"foundation_model": model}
-    return yaml.safe_dump({**run.settings, **foundation_model, **files}, sort_keys=True)
+    # what a protocol doesn't say is as in mace-torch
+    own = {"defaults": MACE_TORCH} if "adapter" in run.settings else {}
+    return yaml.safe_dump({**own, **run.settings, **foundation_model, **files}, sort_keys=True)
 
 
 def _claim(run: Run, config: str) -> None:

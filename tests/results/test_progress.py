@@ -19,7 +19,7 @@ logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 with ProgressBar(20, 10) as bar:
     for i in range(20):
         bar.step(0.5)
-        bar.validated({"mae_f": 0.0425, "mae_e_per_atom": 0.001})
+        bar.validated({"rmse_f": 0.0425, "rmse_e_per_atom": 0.001})
         logging.info(f"line {i}")
         logging.debug("hidden")
 logging.info("done")
@@ -65,14 +65,14 @@ def history() -> History:
     history = History()
     rows = [(None, 9.0, 0.020), (0, 2.0, 0.010), (1, 1.0, 0.004), (2, 1.5, 0.002)]
     for epoch, loss, energy in rows:
-        metrics = {"loss": loss, "mae_f": loss / 10, "mae_e_per_atom": energy, "mode": "eval"}
+        metrics = {"loss": loss, "rmse_f": loss / 10, "rmse_e_per_atom": energy, "mode": "eval"}
         history.add(epoch, "Default", metrics)
     return history
 
 
 def test_summary_is_of_the_epoch_with_the_lowest_loss():
     text = history().summary()
-    assert text == "Default: energy MAE 20.0 -> 4.0 meV per atom, force MAE 900.0 -> 100.0 meV/Å"
+    assert text == "Default: energy RMSE 20.0 -> 4.0 meV per atom, force RMSE 900.0 -> 100.0 meV/Å"
 
 
 def test_learning_curve_is_a_picture(tmp_path):

@@ -171,7 +171,7 @@ def test_every_method_is_planned_at_every_rate_from_the_same_start():
     assert settings["full", 0.001]["clip_grad"] == 1.0
     assert settings["upstream_rank4", 0.01]["ema_decay"] == 0.99
     assert settings["lora_rank16", 0.005]["lora_rank"] == 16
-    assert settings["full_balanced", 0.005]["schedule"] == "cosine"
+    assert settings["full_ours", 0.005]["schedule"] == "cosine"
 
 
 @pytest.mark.parametrize(

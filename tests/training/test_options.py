@@ -18,7 +18,6 @@ from mace_lora.model.injection import adapter_parameters, adapters
 from mace_lora.model.layers import find_sites
 from mace_lora.model.merging import changes
 from mace_lora.testing import outputs, randomise_, worst
-from mace_lora.training import recipes
 from mace_lora.training.epochs.optimised import parameter_groups
 from mace_lora.training.epochs.steps import Steps, steps_done
 from mace_lora.training.options import RunOptions
@@ -339,29 +338,18 @@ def test_presets_fill_what_is_not_given():
 
 
 @pytest.mark.parametrize(
-    "flag", ["--warmup_steps=5", "--accumulate=2", "--protect", "--schedule=cosine"]
+    "flag",
+    [
+        "--warmup_steps=5",
+        "--accumulate=2",
+        "--protect",
+        "--schedule=cosine",
+        "--defaults=mace-torch",
+    ],
 )
 def test_run_options_need_an_adapter(flag):
     with pytest.raises(ConfigError, match="needs an adapter"):
         cli.parse(["--name=x", "--train_file=t.xyz", "--foundation_model=mini", flag])
-
-
-@pytest.mark.parametrize("method", recipes.RECIPES)
-def test_a_preset_is_a_whole_recipe(method):
-    """Every flag of it that is not given, and no other; --lora=True alone stays mace-torch's."""
-    flags = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", f"--adapter={method}"]
-    plain, _, untouched = cli.parse(flags)
-    assert set(recipes.RECIPES[method]) == set(options_of(method).presets)
-    for preset, recipe in recipes.RECIPES[method].items():
-        args, _, options = cli.parse([*flags, f"--{method}_preset={preset}", "--lr=0.123"])
-        assert dict(options.chosen) == {k: v for k, v in recipe.items() if k != "lr"}
-        for name, value in options.chosen.items():
-            assert getattr(args, name, None) == value or getattr(options, name, None) == value
-        assert args.lr == 0.123
-        others = set(vars(args)) - set(recipe)
-        assert {k: vars(args)[k] for k in others} == {k: vars(plain)[k] for k in others}
-    assert not untouched.chosen
-    assert plain.lr == 0.01
 
 
 def test_the_rate_falls_as_a_cosine_over_the_run():

@@ -20,7 +20,7 @@ def run(tmp_path_factory, small_data):
     """A run as in the README, in a process of its own: what it says, and what its log file says."""
     folder = tmp_path_factory.mktemp("run")
     files = [f"--{part}_file={path}" for part, path in small_data.items()]
-    recipe = ["--adapter=full", "--full_preset=balanced", "--batch_size=5", "--max_num_epochs=2"]
+    recipe = ["--adapter=full", "--defaults=fine-tuning", "--batch_size=5", "--max_num_epochs=2"]
     done = run_command("--name=run", "--foundation_model=mini", *files, *recipe, cwd=folder)
     return done.stdout + done.stderr, (folder / "logs/run_run-123.log").read_text()
 

@@ -1,7 +1,7 @@
 """Compare methods away from the training frames: accuracy, memory, repulsive walls, dynamics.
 
     scripts/reproduce.sh transfer                                   # everything, from `mini`
-    scripts/reproduce.sh transfer --train aspirin --steps 2000 --methods=full_fast,full_balanced
+    scripts/reproduce.sh transfer --train aspirin --steps 2000 --methods=full_fast,full_ours
     scripts/reproduce.sh transfer --foundation_model=spice2022.model
 
 Every run is the real command in a folder of its own. Give the same command again after an

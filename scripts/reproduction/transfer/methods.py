@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mace_lora.adapters.options import LoraOptions
 from mace_lora.errors import ConfigError, did_you_mean
-from mace_lora.training.recipes import RECIPES
+from mace_lora.training import recipes
 from reproduction.protocol import Method, preset
 
 RATES = (0.001, 0.005, 0.01)  # the published ones of full fine-tuning and LoRA, and ours
@@ -32,10 +33,8 @@ def _upstream_lora(rank: int, alpha: float) -> Method:
     )
 
 
-def _recipe(method: str, name: str) -> dict[str, object]:
-    """A preset's flags but for the rate, which the comparison varies."""
-    flags = {"adapter": method, **preset(method, name), **RECIPES[method][name]}
-    return {k: v for k, v in flags.items() if k != "lr"}
+# What suits a fine-tuning, but for the rate, which the comparison varies
+RECIPE = {flag: choice.value for flag, choice in recipes.RECIPE.items() if flag != "lr"}
 
 
 CANDIDATES = {
@@ -55,12 +54,16 @@ CANDIDATES = {
                 {"adapter": "lora", **preset("lora", "max-accuracy"), **OURS},
             )
         ),
+        Candidate(Method("full_ours", "--adapter=full", {"adapter": "full", **RECIPE})),
         *(
             Candidate(
-                Method(f"{method}_{name}", f"{method}, preset {name}", _recipe(method, name)),
+                Method(
+                    f"lora_{name}",
+                    f"lora, preset {name}",
+                    {"adapter": "lora", **preset("lora", name), **RECIPE},
+                )
             )
-            for method, presets in RECIPES.items()
-            for name in presets
+            for name in LoraOptions.presets
         ),
     )
 }
