@@ -11,6 +11,7 @@ from mace_lora.upstream import names
 # Of the lines before training: what was found, and nothing that ours say better
 _FACTS = (
     *("MACE version:", "Using CPU", "CUDA version:", "Processes:"),
+    *("Using foundation model", "Using Polar foundation model"),
     *("Total number of configurations:", "DRY RUN"),
 )
 # Warnings that are false with an adapter, or about a default that harms nobody
