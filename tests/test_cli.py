@@ -63,6 +63,10 @@ def test_upstream_sees_none_of_our_flags():
         (["--lora=True", "--lora_alpha=nan"], ["--lora_alpha=nan", "finite"]),
         (["--adapter=elora", "--lora_rank=8"], ["--lora_rank", "--adapter=elora"]),
         (["--lora=True", "--adapter=elora"], ["--lora=True", "--adapter=elora"]),
+        (["--lora_rank=8"], ["--lora_rank belongs to --adapter=lora, but no adapter is chosen"]),
+        (["--lora_alpha=8"], ["--lora_alpha", "give --adapter=lora"]),
+        (["--overwrite=True"], ["--overwrite needs an adapter"]),
+        (["--adapter=loar"], ["Did you mean 'lora'?"]),
     ],
 )
 def test_contradictions_and_nonsense(flags, parts):
@@ -125,6 +129,27 @@ def test_an_unknown_key_in_a_config_file(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.parse(["--config", str(path)])
     assert "Did you mean '--lora_rank'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--full_preset=balancd", "balanced"),
+        ("--schedule=cosin", "cosine"),
+        ("--loss=weightd", "weighted"),  # mace-torch's
+        ("--lora_rnak=2", "--lora_rank"),
+    ],
+)
+def test_mistyped_flags_and_values(capsys, flag, meant):
+    with pytest.raises(SystemExit, match="2"):
+        adapter("--adapter=full", flag)
+    assert f"Did you mean {meant!r}?" in capsys.readouterr().err
+
+
+def test_a_mistyped_file(tmp_path):
+    (tmp_path / "train.xyz").touch()
+    with pytest.raises(ConfigError, match=r"there is no such file. Did you mean 'train.xyz'\?"):
+        check_files(cli.parse(["--name=x", f"--train_file={tmp_path}/trian.xyz"])[0])
 
 
 @pytest.mark.parametrize(

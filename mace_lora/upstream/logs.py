@@ -11,6 +11,7 @@ from mace_lora.upstream import names
 # Of the lines before training: what was found, and nothing that ours say better
 _FACTS = (
     *("MACE version:", "Using CPU", "CUDA version:", "Processes:"),
+    *("Using foundation model", "Using Polar foundation model"),
     *("Total number of configurations:", "DRY RUN"),
 )
 # Warnings that are false with an adapter, or about a default that harms nobody
@@ -40,7 +41,7 @@ class Terminal:
     def __init__(self, replay: Callable[[], bool]) -> None:
         self._replay = replay
         self._training = False
-        self._mace = str(Path(names.module("mace").__path__[0]))
+        self._mace = Path(names.module("mace").__path__[0])
 
     def set_up(
         self, level: int | str, tag: str | None, directory: str | None, rank: int | None
@@ -66,7 +67,7 @@ class Terminal:
         return training
 
     def _is_mace_torchs(self, record: logging.LogRecord) -> bool:
-        return record.pathname.startswith(self._mace)
+        return self._mace in Path(record.pathname).parents
 
     def _is_not_done(self, record: logging.LogRecord) -> bool:
         return not (self._is_mace_torchs(record) and record.getMessage() == "Done")

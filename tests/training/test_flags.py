@@ -7,7 +7,7 @@ import ast
 
 import pytest
 import torch
-from helpers.running import here, results, same_weights
+from helpers.running import here, results, same_weights, short_run
 
 from mace_lora import MaceLoraCalculator
 from mace_lora.errors import ConfigError
@@ -53,6 +53,20 @@ def test_what_no_run_can_have(given, expected):
 )
 def test_what_a_run_can_have(given):
     flags.check(arguments(*given))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--trust"], "--trust has no effect with --foundation_model=mini"),
+        (["--lbfgs", "--warmup_steps=3"], "--warmup_steps has no effect with --lbfgs"),
+        (["--lbfgs", "--schedule=cosine"], "--schedule has no effect with --lbfgs"),
+        (["--lbfgs", "--lora_dropout=0.1"], "--lora_dropout has no effect with --lbfgs"),
+    ],
+)
+def test_our_flags_that_would_do_nothing(tmp_path, small_data, more, expected):
+    assert expected in here(tmp_path, *short_run(small_data, "mini", *more))
+    assert not list(tmp_path.iterdir())
 
 
 def test_tables_inside_the_table_of_heads():

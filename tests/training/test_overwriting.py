@@ -84,3 +84,9 @@ def test_checkpoints_of_older_versions(folder, flags):
     torch.save(state, latest)
     assert "--lr=0.01 there, --lr=0.02 here" in here(folder, *flags, "--lr=0.02")
     assert here(folder, *flags, "--max_num_epochs=2") == ""
+
+
+def test_another_start_makes_another_run(folder, flags):
+    start = shutil.copytree(folder / "run_adapter", folder / "start")
+    more = ["--max_num_epochs=2", f"--adapter_start={start}"]
+    assert "--adapter_start=None there" in here(folder, *flags, *more)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
+import mace
 import pytest
 from helpers.running import here, run_command, short_run
 
+from mace_lora.upstream import logs
 from mace_lora.upstream.names import version
 
 SCREEN = 40
@@ -84,6 +89,15 @@ def test_one_screen_with_replay_and_every_rank_capped(tmp_path, small_data, caps
     assert "Skipping evaluation for heads: ['pt_head']" in said
     assert "Rank capped" not in said
     assert "Rank capped" in (tmp_path / "logs/run_run-1.log").read_text()
+
+
+@pytest.mark.parametrize(("package", "shown"), [("mace", False), ("mace_lora", True)])
+def test_packages_side_by_side(capsys, package, shown):
+    """Installed, this package lies beside mace, and its name begins alike."""
+    logs.Terminal(replay=lambda: False).set_up(logging.INFO, None, None, 0)
+    path = Path(mace.__path__[0]).parent / package / "some.py"
+    logging.root.handle(logging.LogRecord("root", logging.INFO, str(path), 1, "a fact", None, None))
+    assert ("a fact" in capsys.readouterr().out) == shown
 
 
 def test_without_an_adapter_mace_torch_speaks(tmp_path, small_data, capsys):

@@ -41,13 +41,14 @@ def test_the_adapter_and_each_epoch_are_logged(tmp_path, flags, monkeypatch):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(RECORDER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
-    done = run_command(*flags, cwd=tmp_path)
+    run_command(*flags, cwd=tmp_path)
     told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     assert [kind for kind, _ in told[:2]] == ["init", "config"]
     assert told[0][1]["project"] == "p"
     config = told[1][1]
     assert (config["adapter"], config["dora_rank"]) == ("dora", 2)
-    assert f"Model with LoRA has {config['trained_parameters']} trainable" in done.stdout
+    log = (tmp_path / "logs/run_run-1.log").read_text()
+    assert f"Model with LoRA has {config['trained_parameters']} trainable" in log
     epochs = [content["Default"] for kind, content in told if "Default" in content]
     assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
     lines = (tmp_path / "results").glob("*_train.txt")

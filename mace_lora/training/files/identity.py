@@ -56,13 +56,14 @@ class Identity(TypedDict):
     stage_two: dict[str, object]
     free: dict[str, object]
     data: dict[str, object]
-    flags: dict[str, object]  # all of mace-torch's; older checkpoints lack them
+    flags: dict[str, object]  # with all of mace-torch's; older checkpoints lack them
 
 
 def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
     """Who a run that has come to `started` is, with the flags that training begins with."""
     args, config, options = run.asked.args, run.asked.config, run.asked.options
     base, start = run.started.base, run.started.start
+    asked = {**run.asked.given, "adapter_start": options.adapter_start}
     # What the order of the frames depends on. One process may be continued by two with half the
     # batch size: the global batches are the same.
     data: dict[str, object] = {
@@ -84,7 +85,7 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         "stage_two": _flags(args, _STAGE_TWO),
         "free": _flags(args, _FREE),
         "data": data,
-        "flags": _flags(argparse.Namespace(**run.asked.given), run.asked.given),
+        "flags": _flags(argparse.Namespace(**asked), asked),
     }
 
 
