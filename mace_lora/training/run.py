@@ -62,7 +62,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     Each comment says which stage of `run` is reached.
     """
     args = run.asked.args
-    data = Data(args, lambda: getattr(run, "foundation", None), run.files)
+    data = Data(args, lambda: getattr(run, "foundation", None), run.files, run.asked.options)
     starting = start.Start(run, data)
     computing = Computing(run.asked.options.step)
     checkpoints = Checkpoints(run)
