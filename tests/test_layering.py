@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("api",),
     ("training",),
-    ("trust",),
+    ("check", "trust"),
     ("results",),
     ("frames",),
     ("upstream",),

@@ -42,13 +42,16 @@ _UNITS = {
 }
 
 
-def labels(atoms: ase.Atoms, keys: Mapping[str, str]) -> dict[str, Array]:
+def labels(
+    atoms: ase.Atoms, keys: Mapping[str, str], factors: Mapping[str, float] | None = None
+) -> dict[str, Array]:
     """The labels of a frame; one that it lacks is missing.
 
     Args:
         atoms: as ASE has read it.
         keys: the name of each label in the file, as in DEFAULT_KEYS; of names that are no labels
             (the total charge, the head) no notice is taken.
+        factors: by label, what turns the unit of the file into the one below; see `units`.
 
     Returns:
         energy of shape (), eV; forces (n_atoms, 3), eV/A; stress (3, 3), eV/A^3; virials (3, 3),
@@ -61,7 +64,8 @@ def labels(atoms: ase.Atoms, keys: Mapping[str, str]) -> dict[str, Array]:
     for name in DEFAULT_KEYS:
         value = under(atoms, keys[name]) if name in keys else None
         if value is not None:
-            found[name] = in_shape(name, value, len(atoms), f"{name} (key {keys[name]!r})")
+            number = in_shape(name, value, len(atoms), f"{name} (key {keys[name]!r})")
+            found[name] = number * factors[name] if factors and name in factors else number
     return found
 
 

@@ -46,6 +46,8 @@ class XyzFrames:
         type_weights: the weight of each type of frames (`--config_type_weights`).
         wanted: labels that are looked for under evident keys, too; see `keys`.
         inputs: what the model reads of frames beside atoms and cell.
+        factors: by label, what turns its unit in the file into ours; see `units`.
+        atoms: the frames, where they are read already.
 
     Attributes:
         keys: the name of each property in the file.
@@ -63,14 +65,17 @@ class XyzFrames:
         type_weights: Mapping[object, float] | None = None,
         wanted: Collection[str] = (),
         inputs: Mapping[str, Input] | None = None,
+        factors: Mapping[str, float] | None = None,
+        atoms: list[ase.Atoms] | None = None,
     ) -> None:
         self.path = path
         weights = {labels.type_of(k): float(w) for k, w in (type_weights or {}).items()}
-        self._atoms = read_atoms(path)
+        self._atoms = read_atoms(path) if atoms is None else atoms
         found = find(path, self._atoms, keys, wanted, inputs)
         for sentence in found.said:
             logging.info(sentence)
         self.keys = found.names
+        self._factors = factors
         self._numbers = list(range(len(self._atoms)))  # in the file
         self._configurations = [
             self._configuration(i, atoms, head, weights) for i, atoms in enumerate(self._atoms)
@@ -81,7 +86,7 @@ class XyzFrames:
         self, number: int, atoms: ase.Atoms, head: str, type_weights: Mapping[str, float]
     ) -> Configuration:
         try:
-            return configuration_of(atoms, self.keys, head, type_weights)
+            return configuration_of(atoms, self.keys, head, type_weights, self._factors)
         except DataError as error:
             raise DataError(f"{self.path}, frame {number}: {error}") from None
 
@@ -146,6 +151,7 @@ def configuration_of(
     keys: Mapping[str, str],
     head: str = "Default",
     type_weights: Mapping[str, float] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> Configuration:
     """A frame as mace-torch's Configuration, with weight 0 for each label that it lacks.
 
@@ -154,11 +160,12 @@ def configuration_of(
         keys: the name of each property in it, labels and others.
         head: the head that learns it.
         type_weights: weight by type of frames.
+        factors: by label, what turns its unit in the file into ours.
 
     Raises:
         DataError: a label or a weight can't be right.
     """
-    found = labels.labels(atoms, keys)
+    found = labels.labels(atoms, keys, factors)
     others = {name: labels.under(atoms, keys[name]) for name in keys.keys() - labels.DEFAULT_KEYS}
     others[_HEAD] = head
     properties = {name: found.get(name, others.get(name)) for name in keys}

@@ -70,6 +70,7 @@ def read_frames(
     asked: Mapping[str, str] | None = None,
     group_by: str = "config_type",
     most: int | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> LabelledFrames:
     """Frames of an extended-xyz file (or whatever ASE reads) with their labels.
 
@@ -78,6 +79,7 @@ def read_frames(
         asked: names of labels and inputs in it, where they aren't mace-torch's.
         group_by: the key in `atoms.info` that groups frames.
         most: read no more frames than this.
+        factors: by label, what turns its unit in the file into ours; see `frames/units.py`.
 
     Raises:
         DataError: no such file, not readable, empty, or without energies and forces.
@@ -87,7 +89,7 @@ def read_frames(
     atoms = read_atoms(path, most)
     if not atoms:
         raise DataError(f"{path} holds no frames")
-    return frames_of(atoms, str(path), asked, group_by)
+    return frames_of(atoms, str(path), asked, group_by, factors)
 
 
 def frames_of(
@@ -95,10 +97,11 @@ def frames_of(
     path: str,
     asked: Mapping[str, str] | None = None,
     group_by: str = "config_type",
+    factors: Mapping[str, float] | None = None,
 ) -> LabelledFrames:
     """As `read_frames`, of frames that are read already; `path` is for messages."""
     found = keys.find(path, atoms, {**DEFAULTS, **(asked or {})})
-    labels, said = _labels(path, atoms, found.names)
+    labels, said = _labels(path, atoms, found.names, factors)
     if np.isnan(labels.energy).all() and np.isnan(labels.forces).all():
         lacking = {label: found.names[label] for label in ("energy", "forces")}
         raise DataError(
@@ -117,13 +120,18 @@ def frames_of(
 
 
 def _labels(
-    path: str, atoms: list[ase.Atoms], names: Mapping[str, str]
+    path: str,
+    atoms: list[ase.Atoms],
+    names: Mapping[str, str],
+    factors: Mapping[str, float] | None = None,
 ) -> tuple[Values, list[str]]:
     """Labels, NaN where a frame has none; and a word about stresses that are left out."""
     rows, left_out = [], 0
     for i, frame in enumerate(atoms):
         try:
-            found = labels_in(frame, {quantity: names[quantity] for quantity in QUANTITIES})
+            found = labels_in(
+                frame, {quantity: names[quantity] for quantity in QUANTITIES}, factors
+            )
         except DataError as error:
             raise DataError(f"{path}, frame {i}: {error}") from None
         stress = found.get("stress", np.full((3, 3), np.nan))

@@ -15,6 +15,7 @@ from ase.data import chemical_symbols
 
 from mace_lora.config import AdapterConfig
 from mace_lora.frames.keys import DEFAULTS
+from mace_lora.frames.units import Units
 from mace_lora.model import artefact
 from mace_lora.model.description import describe
 from mace_lora.model.report import InjectionReport
@@ -45,6 +46,7 @@ def write(
     files: Callable[[], dict[str, str]],
     trust: Sequence[str],
     judged: Sequence[str],
+    units: Units,
 ) -> Path:
     """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
 
@@ -60,11 +62,12 @@ def write(
         files: gives what the run left, and what each is.
         trust: verdicts on what the model does away from the training frames.
         judged: the verdict on the run.
+        units: of the labels in the files.
     """
     folder, name, batch_size = Path(args.model_dir), args.name, args.valid_batch_size
     sets = [
         (frames, {name: predict_values(model, frames, [head] * len(frames.atoms), batch_size)})
-        for head, frames in _labelled(args, model, valid_sets)
+        for head, frames in _labelled(args, model, valid_sets, units)
     ]
     picture, path = folder / f"{name}_parity.png", folder / f"{name}_report.html"
     if sets:
@@ -93,7 +96,10 @@ def _versions() -> str:
 
 
 def _labelled(
-    args: argparse.Namespace, model: torch.nn.Module, valid_sets: dict[str, Dataset]
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    valid_sets: dict[str, Dataset],
+    units: Units,
 ) -> list[tuple[str, LabelledFrames]]:
     """Validation and test frames, some of them where there are many, each with its head."""
     found = []
@@ -104,7 +110,8 @@ def _labelled(
             found.append((head, frames_of(atoms, label)))
     if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
         asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
-        test = read_frames(args.test_file, asked, most=MOST_FRAMES)
+        factors = units.factors(args.test_file)
+        test = read_frames(args.test_file, asked, most=MOST_FRAMES, factors=factors)
         found.append((list(valid_sets)[-1], test))
     return [(head, with_inputs(frames, inputs_of(model))) for head, frames in found]
 

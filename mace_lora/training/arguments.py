@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -237,20 +237,25 @@ def check_files(args: argparse.Namespace) -> None:
         known.ExistingModel(args.foundation_model).check(
             f"--foundation_model={args.foundation_model}"
         )
-    for flag in (*_FILES, *_REPLAY_FILES):
-        if getattr(args, flag) not in _REPLAY_SETS:
-            _check_paths(f"--{flag}", getattr(args, flag))
-    for name, head in _heads(args):
-        for flag in _FILES:
-            _check_paths(f"--heads, {name}: {flag}", head.get(flag))
-
-
-def _check_paths(called: str, value: str | list[str] | None) -> None:
-    for path in [value] if isinstance(value, str) else value or []:
+    for called, path in files_named(args):
         # several LMDB files may stand in one text, as a.lmdb:b.lmdb
         several = "lmdb" in path and not Path(path).exists()
         for part in path.split(":") if several else [path]:
             ExistingFile(part).check(f"{called}={path}")
+
+
+def files_named(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Each file or folder that the flags and --heads name, after what messages call its flag."""
+    values = [(f"--{flag}", getattr(args, flag)) for flag in (*_FILES, *_REPLAY_FILES)]
+    values += [
+        (f"--heads, {name}: {flag}", head.get(flag))
+        for name, head in _heads(args)
+        for flag in _FILES
+    ]
+    for called, value in values:
+        for path in [value] if isinstance(value, str) else value or []:
+            if path not in _REPLAY_SETS:
+                yield called, path
 
 
 def _heads(args: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:

@@ -13,8 +13,11 @@ from pathlib import Path
 import torch
 
 from mace_lora.errors import ConfigError
+from mace_lora.frames.stored import is_stored
+from mace_lora.frames.units import Units
 from mace_lora.model import artefact
 from mace_lora.model.description import atomic_numbers
+from mace_lora.training.arguments import files_named
 from mace_lora.training.data import refuse_unknown
 from mace_lora.training.epochs import processes
 from mace_lora.upstream.types import Loader
@@ -53,6 +56,24 @@ def known_elements(args: argparse.Namespace, foundation: torch.nn.Module | None)
             f"--atomic_numbers={args.atomic_numbers}: a list such as '[1, 6, 8]' is needed"
         ) from None
     refuse_unknown(asked, set(atomic_numbers(foundation)))
+
+
+def units(args: argparse.Namespace, given: str | None) -> None:
+    """Raises ConfigError where --units is about files that it can't convert or aren't read."""
+    parts = Units.parse(given)
+    if not parts.parts:
+        return
+    paths = []
+    for called, path in files_named(args):
+        if called.endswith("statistics_file"):
+            continue
+        if called.endswith("test_dir") or is_stored(called, path):
+            raise ConfigError(
+                f"--units={given} and {called}={path}: HDF5 and LMDB are read as they were "
+                "written; write them again in eV and eV/A, or give the labels in extended xyz"
+            )
+        paths.append(path)
+    parts.check_named(paths)
 
 
 def optional_packages(args: argparse.Namespace) -> None:

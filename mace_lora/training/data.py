@@ -14,14 +14,17 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from mace_lora.check.before import before_training
 from mace_lora.errors import ConfigError, DataError
 from mace_lora.frames import checks, stored
 from mace_lora.frames.checks import Rules, symbols
 from mace_lora.frames.energies import AtomicEnergies
 from mace_lora.frames.reading import XyzFrames
 from mace_lora.frames.stored import StoredData, StoredFrames
+from mace_lora.frames.units import Units
 from mace_lora.model.description import atomic_numbers
 from mace_lora.training.epochs import processes
+from mace_lora.training.options import RunOptions
 from mace_lora.upstream import graphs, library
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration, Graphs, KeySpecification
@@ -43,7 +46,7 @@ class Data:
         loaded: gives the foundation model once it is loaded.
         files: to which those are added that frames were read from, as ASE reads them.
         estimated: to which the heads are added whose E0s are estimated.
-        welcome_stress: whether to train on stress where there is one, whatever the loss is so far.
+        options: of the run: the units of the files, whether labels are checked, and what suits.
     """
 
     def __init__(
@@ -52,15 +55,18 @@ class Data:
         loaded: Callable[[], torch.nn.Module | None] = lambda: None,
         files: list[str] | None = None,
         estimated: set[str] | None = None,
-        welcome_stress: bool = False,
+        options: RunOptions | None = None,
     ) -> None:
         self.args = args
+        self._units = Units.parse(options.units if options else None)
+        self._checks_units = options is not None and options.check
         self.energies = AtomicEnergies()
         self.has_isolated_atoms = False  # which give the E0s, whatever --E0s says
         self._files = [] if files is None else files
         self._estimated = set() if estimated is None else estimated
         self._loaded = loaded
-        self._welcome_stress = welcome_stress
+        # a stress is trained on where there is one, whatever the loss is so far
+        self._welcome_stress = options is not None and "loss" in options.left_to_data
         self.frames: list[Configuration] = []  # all that ASE read
         self.n_train = self.n_train_atoms = 0  # frames to train on, before some are split off
         self._one_head: torch.nn.Module | None = None
@@ -208,6 +214,7 @@ class Data:
             config_type_weights,
             wanted=() if no_data_ok else self._wanted(rules),
             inputs=rules.inputs,
+            factors=self._factors(file_path, head_name),
         )
         if extract_atomic_energies:
             frames.set_isolated_aside(keep=keep_isolated_atoms)
@@ -218,6 +225,9 @@ class Data:
             frame.weight *= self._replay_weight(file_path, head_name)
         self._files.append(file_path)
         lacking = checks.check(frames, rules)
+        model = self.foundation()
+        if self._checks_units and model is not None and not no_data_ok:
+            before_training(frames, model, self.args.foundation_head)
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)
             self._count(len(frames.configurations), sum(map(_atoms, frames.configurations)))
@@ -231,6 +241,14 @@ class Data:
     def _count(self, frames: int, atoms: int) -> None:
         self.n_train += frames
         self.n_train_atoms += atoms
+
+    def _factors(self, path: str, head: str) -> dict[str, float]:
+        """What `--units` says of a file; one of replay, which others wrote, must be named."""
+        factors = self._units.factors(path, alone=head == _REPLAY)
+        if factors:
+            said = ", ".join(f"{label} by {factor:.6g}" for label, factor in factors.items())
+            logging.info(f"{path}: labels are multiplied (--units): {said}")
+        return factors
 
     def _replay_weight(self, path: str, head: str) -> float:
         """`--weight_pt_head` for files that the user gives for replay, 1 for all others.

@@ -38,7 +38,7 @@ class Suiting:
 
     def _suit(self) -> None:
         args, options = self.run.asked.args, self.run.asked.options
-        may = recipes.left_to_data(options.given)
+        may = options.left_to_data
         chosen = dict(options.chosen)
         n_frames, n_atoms = self._counted(args)
         if n_frames:

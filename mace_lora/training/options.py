@@ -9,6 +9,7 @@ from typing import Any
 from mace_lora.adapters.options import option
 from mace_lora.backends.registry import AUTO, CHOICES, describe
 from mace_lora.errors import ConfigError, did_you_mean
+from mace_lora.frames.units import HELP, Units
 from mace_lora.training import recipes
 from mace_lora.training.recipes import Choice
 from mace_lora.upstream.known import TRUST_HELP
@@ -58,6 +59,12 @@ class RunOptions:
     checkpoint_seconds: float = option(
         600.0, "seconds between checkpoints within a long epoch; 0: one after each step"
     )
+    units: str | None = option(None, HELP, type=str)
+    check: bool = option(
+        True,
+        "compare some labels of each file with what the foundation model predicts: a mistaken unit "
+        "or sign ends the run before it begins (mace_lora check says more)",
+    )
     step: str = option(
         AUTO,
         f"how steps and evaluations are computed, with the same results: {describe()}",
@@ -90,6 +97,13 @@ class RunOptions:
             raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(f"--checkpoint_seconds={self.checkpoint_seconds}: 0 or more")
+        Units.parse(self.units)
+
+    @property
+    def left_to_data(self) -> frozenset[str]:
+        """Flags that the training frames decide."""
+        ours = self.defaults == recipes.OURS
+        return recipes.left_to_data(self.given) if ours else frozenset()
 
     @classmethod
     def flags(cls) -> tuple[Field[Any], ...]:

@@ -57,6 +57,7 @@ def prepare(
     processes.set_launcher(args)
     check_files(args)
     stored.check_flags(args)
+    checks.units(args, options.units)
     foundation = None
     if loading.is_ours(args.foundation_model):  # else see `start.remember_foundation`
         dtype = {"float32": torch.float32, "float64": torch.float64}[args.default_dtype]

@@ -11,7 +11,7 @@ import torch
 
 from mace_lora.config import AdapterConfig
 from mace_lora.frames.energies import gaps_told
-from mace_lora.training import defaults, flags, losses, metrics, recipes, start, summary
+from mace_lora.training import defaults, flags, losses, metrics, start, summary
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
 from mace_lora.training.epochs.computing import Computing
@@ -63,8 +63,8 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     """
     args = run.asked.args
     options = run.asked.options
-    welcome = options.defaults == recipes.OURS and "loss" in recipes.left_to_data(options.given)
-    data = Data(args, lambda: getattr(run, "foundation", None), run.files, run.estimated, welcome)
+    loaded = partial(getattr, run, "foundation", None)
+    data = Data(args, loaded, run.files, run.estimated, options)
     suiting = defaults.Suiting(run, data)
     starting = start.Start(run, data)
     computing = Computing(run.asked.options.step, run.evaluated)

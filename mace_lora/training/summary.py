@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from mace_lora.frames.units import Units
 from mace_lora.results import run_page, verdict
 from mace_lora.training.files.saving import files_left
 from mace_lora.training.record import Run
@@ -88,6 +89,7 @@ def _write_page(run: Run, judged: list[str]) -> None:
             lambda: files_left(run),
             _trust(run),
             judged,
+            Units.parse(run.asked.options.units),
         )
     except Exception as error:  # the models are saved, and a page is no reason to fail
         logging.warning(f"no report: {type(error).__name__}: {error}")

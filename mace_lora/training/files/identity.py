@@ -75,6 +75,7 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         # None as in checkpoints that know nothing of them
         "--protect": options.protect or None,
         "--schedule": None if options.schedule == CONSTANT else options.schedule,
+        "--units": options.units,
     }
     return {
         "method": config.method,
