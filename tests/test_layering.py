@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands", "testing"),
     ("__init__",),
     ("api",),
+    ("tuning",),
     ("training",),
     ("check", "trust"),
     ("results",),

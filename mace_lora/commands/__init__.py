@@ -29,6 +29,7 @@ COMMANDS = {
     "extract": "the best low-rank adapter of a fully fine-tuned model",
     "eval": "errors on labelled frames, several adapters side by side",
     "check": "units, keys and oddities of labelled frames, before they are trained on",
+    "tune": "which method, rank and learning rate suit your frames, by short runs",
     "trust": "whether a fine-tuned model holds away from its training frames",
     "doctor": "what is installed, what works, what doesn't, in plain words",
     "completion": "flags and files at the press of Tab, in bash and zsh",

@@ -1,0 +1,1 @@
+"""Short runs that choose the settings of a long one."""
