@@ -24,7 +24,7 @@ PAGES = sorted(
 OF_OTHERS = {"--account", "--array", "--gpus", "--gres", "--nodes", "--partition", "--signal"}
 OF_OTHERS |= {"--check", "--format", "--time", "--nproc_per_node"}
 SUFFIXES = (".py", ".sh", ".yaml", ".sbatch")
-EXAMPLES = {"gains.py"}  # of "Add a method"
+EXAMPLES = {"my_model.yaml", "best.yaml", "gains.py"}  # that a run and an example make
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
