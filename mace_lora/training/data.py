@@ -51,7 +51,7 @@ class Data:
         files: list[str] | None = None,
     ) -> None:
         self.args = args
-        self.energies = AtomicEnergies()
+        self.energies = AtomicEnergies(lambda: bool(args.foundation_model_elements))
         self.has_isolated_atoms = False  # which give the E0s, whatever --E0s says
         self._files = [] if files is None else files
         self._loaded = loaded
