@@ -10,7 +10,10 @@ from collections.abc import Iterable, Sequence
 import ase
 import numpy as np
 
-CLOSEST, FARTHEST, STEP = 0.45, 3.0, 0.1  # of pairs, A
+# Of pairs, A: the wall is dense, since a model that is held at distances of 0.1 A keeps the start's
+# forces there and may have a hole between two of them
+WALL = np.arange(0.45, 1.0, 0.025)
+BONDS = np.arange(1.0, 3.0, 0.1)
 MOST_PAIRS = 4000
 # Of all distances in a compressed or stretched frame, and standard deviation of displacements (A)
 SCALES = (0.7, 1.15)
@@ -28,8 +31,7 @@ def pairs(numbers: Iterable[int], without: Iterable[int] = (), seed: int = 0) ->
     left_out = set(without)
     every = itertools.combinations_with_replacement(sorted(set(numbers)), 2)
     kinds = [pair for pair in every if not set(pair) <= left_out]
-    grid = np.arange(CLOSEST, FARTHEST, STEP)
-    found = [(a, b, d) for a, b in kinds for d in grid]
+    found = [(a, b, d) for a, b in kinds for d in np.concatenate([WALL, BONDS])]
     if len(found) > MOST_PAIRS:
         chosen = np.random.default_rng(seed).choice(len(found), MOST_PAIRS, replace=False)
         found = [found[i] for i in sorted(chosen)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,15 @@ def with_energies(frames: Iterable[Configuration]) -> list[Configuration]:
 
 
 class AtomicEnergies:
-    """Our functions between `--E0s` and the model."""
+    """Our functions between `--E0s` and the model.
 
-    def __init__(self) -> None:
+    Args:
+        all_elements: whether the run keeps all elements of its foundation model; asked when E0s
+            are estimated.
+    """
+
+    def __init__(self, all_elements: Callable[[], bool] = lambda: False) -> None:
+        self._all_elements = all_elements
         self._elements: list[int] = []  # of the columns of the array
         self._given: set[int] = set()  # elements that --E0s names
 
@@ -75,8 +81,7 @@ class AtomicEnergies:
         self._given |= energies.keys()
         return energies
 
-    @staticmethod
-    def estimate(foundation_model: torch.nn.Module, **keywords: Any) -> dict[int, float]:
+    def estimate(self, foundation_model: torch.nn.Module, **keywords: Any) -> dict[int, float]:
         """Upstream's least squares, and what the frames leave open by isolated atoms.
 
         Upstream runs a float32 foundation model on float64 frames, which TorchScript refuses.
@@ -85,7 +90,8 @@ class AtomicEnergies:
         found = upstream.original("estimate_e0s")(foundation_model=foundation_model, **keywords)
         fitted = {int(z): float(energy) for z, energy in found.items()}
         frames = [frame.atomic_numbers for frame in with_energies(keywords["collections_train"])]
-        choice = isolated_atoms.settle(fitted, keywords["foundation_e0s"], frames)
+        own = keywords["foundation_e0s"]
+        choice = isolated_atoms.settle(fitted, own, frames, own if self._all_elements() else ())
         isolated_atoms.tell(choice, frames)
         return choice.e0s
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
 import numpy as np
@@ -30,12 +30,16 @@ class Choice:
         determined: so many of them the frames determine, counted as independent directions.
         theory: whose isolated atoms the others follow; "" where nothing is left open.
         distance: of its energies from the labels, eV per atom.
+        followed: elements in no frame that have the energies of its isolated atoms.
+        foreign: elements in no frame that it does not know, and which stay as they were.
     """
 
     e0s: dict[int, float]
     determined: int
     theory: str = ""
     distance: float = 0.0
+    followed: list[int] = field(default_factory=list)
+    foreign: list[int] = field(default_factory=list)
 
 
 def known_theories() -> dict[str, dict[int, float]]:
@@ -47,17 +51,21 @@ def known_theories() -> dict[str, dict[int, float]]:
     }
 
 
-def settle(fitted: E0s, foundation: E0s, frames: Iterable[np.ndarray]) -> Choice:
+def settle(
+    fitted: E0s, foundation: E0s, frames: Iterable[np.ndarray], kept: Iterable[int] = ()
+) -> Choice:
     """E0s that fit the frames as well as `fitted` does, and are nearest to those of real atoms.
 
     Args:
         fitted: least-squares E0s, one solution of several where the frames leave some open.
         foundation: of the foundation model; its theory may be that of the labels.
         frames: atomic numbers of each frame with an energy, (n_atoms,).
+        kept: elements that the run has, whether or not a frame holds them.
 
     The theory is taken whose energies are nearest to the labels. Its E0s change by the same for
     every element, and beyond that by as little as fits the frames, in the sense of least squares.
-    Elements in no frame keep their value.
+    Elements in no frame have those of its isolated atoms; where it does not know them, or where the
+    frames determine all, they keep their value.
     """
     compositions = [np.unique(f, return_counts=True) for f in frames]
     present = sorted({int(z) for zs, _ in compositions for z in zs} & fitted.keys())
@@ -85,9 +93,14 @@ def settle(fitted: E0s, foundation: E0s, frames: Iterable[np.ndarray]) -> Choice
     if best is None:
         return Choice(dict(fitted), rank)
     name, distance, energies = best
-    return Choice(
-        {**fitted, **dict(zip(present, energies.tolist(), strict=True))}, rank, name, distance
-    )
+    found = {**fitted, **dict(zip(present, energies.tolist(), strict=True))}
+    if (table := known_theories().get(name)) is None:  # the foundation model: they have its E0s
+        return Choice(found, rank, name, distance)
+    absent = sorted({*fitted, *kept} - set(present))
+    followed = [z for z in absent if z in table]
+    found |= {z: table[z] for z in followed}
+    foreign = [z for z in absent if z not in table]
+    return Choice(found, rank, name, distance, followed, foreign)
 
 
 def tell(choice: Choice, frames: Iterable[np.ndarray]) -> None:
@@ -102,4 +115,10 @@ def tell(choice: Choice, frames: Iterable[np.ndarray]) -> None:
         f"labels: {shown} eV. Energies of other compositions are as uncertain; --E0s takes those "
         "of real atoms"
     )
+    if choice.followed:
+        shown = ", ".join(f"{chemical_symbols[z]} {choice.e0s[z]:.2f}" for z in choice.followed)
+        text += f". Elements in no frame have those of its isolated atoms: {shown} eV"
+    if choice.foreign:
+        shown = ", ".join(chemical_symbols[z] for z in choice.foreign)
+        text += f". It has none of {shown}, in no frame either, which keep the foundation model's"
     (logging.warning if choice.distance > LARGE else logging.info)(text)

@@ -60,7 +60,7 @@ class Data:
         self.args = args
         self._units = Units.parse(options.units if options else None)
         self._checks_units = options is not None and options.check
-        self.energies = AtomicEnergies()
+        self.energies = AtomicEnergies(lambda: bool(args.foundation_model_elements))
         self.has_isolated_atoms = False  # which give the E0s, whatever --E0s says
         self._files = [] if files is None else files
         self._estimated = set() if estimated is None else estimated

@@ -75,6 +75,31 @@ def test_elements_in_no_frame_keep_theirs():
     assert (found[6], found[9]) == (-48.8, -1.0)
 
 
+def test_elements_in_no_frame_follow_the_theory_of_the_others():
+    """A run that keeps them has one theory, as far as its table goes; else they keep theirs."""
+    foundation = {1: -10.7, 6: -48.8, 8: -102.5, 9: -120.0, 14: -110.0}
+    choice = settle(spread(PBE, WATER), foundation, [WATER], kept=foundation)
+    table = known_theories()[choice.theory]
+    assert choice.theory == "PBE, all electrons"
+    assert {z: choice.e0s[z] for z in (6, 9)} == {z: table[z] for z in (6, 9)}
+    assert (choice.followed, choice.foreign) == ([6, 9], [14])
+    assert 14 not in choice.e0s  # and so the foundation model's
+    of_its_own = settle(spread(foundation, WATER), foundation, [WATER], kept=foundation)
+    assert of_its_own.theory == "the foundation model"
+    assert not of_its_own.followed
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_all_elements(tmp_path, small_data, caplog):
+    """Nitrogen, which ethanol lacks, has the theory that the others were given."""
+    flags = short_run(small_data, "mini", "--max_num_epochs=1", "--E0s=estimated")
+    with caplog.at_level(logging.INFO):
+        assert here(tmp_path, *flags, "--foundation_filter_elements=False") == ""
+    nitrogen = known_theories()["PBE, all electrons"][7]
+    assert final_e0s(tmp_path)[7] == pytest.approx(nitrogen, abs=1e-4)
+    assert f"Elements in no frame have those of its isolated atoms: N {nitrogen:.2f}" in caplog.text
+
+
 def test_the_tables_tell_their_theories_apart():
     """H, C, N and O in each; all electrons by hundreds of eV below valence electrons."""
     tables = known_theories()

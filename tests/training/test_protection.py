@@ -37,6 +37,22 @@ def test_errors_within_what_is_free_cost_nothing():
     assert cost(far, wanted, torch.tensor([True, False])) == pytest.approx(np.log(5.0) / 2)
 
 
+def test_the_deepest_hole_is_drawn_at_as_much_as_any():
+    """Where repulsion became attraction; of a force that is too strong this is not asked."""
+    wanted = torch.tensor([[30.0, 0.0, 0.0]], dtype=torch.float64)
+
+    def pull(factor: float) -> float:
+        found = (factor * wanted).requires_grad_()
+        cost(found, wanted, torch.tensor([True])).backward()
+        assert found.grad is not None
+        return float(-found.grad[0, 0])
+
+    unit = 1 / (FREE + 30 * RELATIVE)
+    assert pull(1.05) == pull(0.95) == 0
+    assert min(pull(-1), pull(-10), pull(-1000)) > unit
+    assert 0 < -pull(1000) < 0.1 * unit
+
+
 def test_the_gradient_is_that_of_the_cost():
     wanted = torch.randn(5, 3, dtype=torch.float64)
     found = (wanted + 2 * torch.randn(5, 3, dtype=torch.float64)).requires_grad_()
@@ -54,6 +70,8 @@ def test_pairs_are_of_every_two_elements_from_contact_on():
     distances = [f.get_distance(0, 1) for f in others if set(f.numbers) == {1, 7}]
     assert min(distances) < 0.5
     assert max(distances) > 2.8
+    own = sorted(f.get_distance(0, 1) for f in frames if set(f.numbers) == {1, 6})
+    assert np.diff([d for d in own if d < 1.05]).max() < 0.03  # no room for a hole between two
     assert len(anchors.pairs(range(1, 90))) == anchors.MOST_PAIRS
 
 

@@ -32,6 +32,7 @@ DISTORTED = 200
 # Of each kind at a step: pairs of the elements in the frames, other pairs, distorted frames
 PER_STEP = (16, 8, 1)
 FREE, RELATIVE = 0.3, 0.1  # errors that cost nothing: eV/A, and a part of the start's force
+HELD = 0.5  # so much of the start's force along its direction is left, or it costs more
 WEIGHT = 0.3  # of it, beside the loss's
 AT_ONCE = 16  # anchors that are labelled in one batch
 
@@ -111,13 +112,19 @@ def cost(found: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> tor
     that. A change of theory moves forces by tenths of an eV/A and costs nothing; errors count
     relative to the forces, and however large one is, the others still count beside it.
 
+    The exception is a force that is lost or turned round, where a wall has a hole: what lacks of
+    HELD is added, in the same unit, so that the deepest hole is drawn at as much as any.
+
     Args:
         found, wanted: forces, eV/A, (n_atoms, 3).
         counts: which atoms have a say, (n_atoms,).
     """
     error = ((found - wanted).square().sum(-1) + 1e-12).sqrt()
-    free = FREE + RELATIVE * wanted.norm(dim=-1)
-    return (counts * torch.log1p((torch.relu(error - free) / free).square())).mean()
+    size = wanted.norm(dim=-1)
+    free = FREE + RELATIVE * size
+    along = (found * wanted).sum(-1) / (size + 1e-12)
+    lost = torch.relu(HELD * size - along - FREE) / free
+    return (counts * (torch.log1p((torch.relu(error - free) / free).square()) + lost)).mean()
 
 
 def _clipped(gradients: Gradients, clip: float) -> Gradients:
