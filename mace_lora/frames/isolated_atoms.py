@@ -94,12 +94,13 @@ def settle(
         return Choice(dict(fitted), rank)
     name, distance, energies = best
     found = {**fitted, **dict(zip(present, energies.tolist(), strict=True))}
-    if (table := known_theories().get(name)) is None:  # the foundation model: they have its E0s
+    theory = known_theories().get(name)
+    if theory is None:  # the foundation model: they have its E0s
         return Choice(found, rank, name, distance)
     absent = sorted({*fitted, *kept} - set(present))
-    followed = [z for z in absent if z in table]
-    found |= {z: table[z] for z in followed}
-    foreign = [z for z in absent if z not in table]
+    followed = [z for z in absent if z in theory]
+    found |= {z: theory[z] for z in followed}
+    foreign = [z for z in absent if z not in theory]
     return Choice(found, rank, name, distance, followed, foreign)
 
 

@@ -124,7 +124,9 @@ def cost(found: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> tor
     free = FREE + RELATIVE * size
     along = (found * wanted).sum(-1) / (size + 1e-12)
     lost = torch.relu(HELD * size - along - FREE) / free
-    return (counts * (torch.log1p((torch.relu(error - free) / free).square()) + lost)).mean()
+    beyond = torch.relu(error - free) / free
+    penalty: torch.Tensor = (counts * (torch.log1p(beyond.square()) + lost)).mean()
+    return penalty
 
 
 def _clipped(gradients: Gradients, clip: float) -> Gradients:
