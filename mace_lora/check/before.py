@@ -38,6 +38,11 @@ def before_training(file: XyzFrames, model: torch.nn.Module, head: str | None = 
     for finding in found:
         if finding.severity != ERROR:
             logging.warning(str(finding))
-    errors = [str(finding) for finding in found if finding.severity == ERROR]
+    errors = [finding for finding in found if finding.severity == ERROR]
     if errors:
-        raise DataError(f"{'; '.join(errors)}; or train on it as it is: --check=False")
+        parts = ",".join(finding.units for finding in errors if finding.units)
+        raise DataError(
+            "; ".join(map(str, errors))
+            + (f". Add --units={parts}" if parts else "")
+            + "; or train on it as it is: --check=False"
+        )

@@ -187,7 +187,7 @@ def _mistaken(
         path,
         f"{' and '.join(faults)}: {evidence}",
         frames,
-        f"multiply by {factor:.6g}" + ("" if frames else f", which --units={part} does"),
+        f"multiply by {factor:.6g}" + ("" if frames else f" (--units={part})"),
         "" if frames else part,
     )
 
@@ -226,7 +226,8 @@ def _energy(path: str, compared: Compared, fits: Mapping[str, Fit]) -> list[Find
     if by_size is None:
         return found
     unit, is_turned = by_size
-    evidence = "so they are near to those of isolated atoms and the interaction of the base model"
+    evidence = "then they are near to isolated atoms of a known theory and the base model's"
+    evidence += " interaction" + (f" (correlation {fit.r:.2f})" if fit is not None else "")
     if unit == _PER_ATOM:
         why = f"of an atom, not of the frame: {evidence}"
         remedy = "multiply each by the number of atoms: training takes energies of whole frames"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mace_lora
 from mace_lora import parsing
+from mace_lora.adapters.options import LowRankOptions
 from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError
@@ -140,7 +141,7 @@ def parse(
         else:
             given[name] = value
     config = _adapter(args, given, args.adapter_start)
-    chosen = _suit(args, given) if config is not None else {}
+    chosen = _suit(args, config, given) if config is not None else {}
     options = RunOptions(
         **{f.name: getattr(args, f.name) for f in RunOptions.flags()},
         chosen=chosen,
@@ -161,11 +162,15 @@ def parse(
     return args, config, options
 
 
-def _suit(args: argparse.Namespace, given: Mapping[str, object]) -> dict[str, Choice]:
+def _suit(
+    args: argparse.Namespace, config: AdapterConfig, given: Mapping[str, object]
+) -> dict[str, Choice]:
     """Set the flags that the user did not give to what suits a fine-tuning; those."""
     if args.defaults == recipes.MACE_TORCH:
         return {}
-    chosen = recipes.before_data(given)
+    options = config.options
+    scaling = options.scaling if isinstance(options, LowRankOptions) and options.rank else 1.0
+    chosen = recipes.before_data(given, scaling)
     vars(args).update({flag: choice.value for flag, choice in chosen.items()})
     return chosen
 

@@ -59,7 +59,7 @@ def known_elements(args: argparse.Namespace, foundation: torch.nn.Module | None)
 
 
 def units(args: argparse.Namespace, given: str | None) -> None:
-    """Raises ConfigError where --units is about files that it can't convert or aren't read."""
+    """Raises ConfigError where --units can't be applied: to HDF5 and LMDB, to files not read."""
     parts = Units.parse(given)
     if not parts.parts:
         return

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 OURS, MACE_TORCH = "fine-tuning", "mace-torch"  # values of --defaults
 
+RATE, HIGHEST_RATE = 0.005, 0.05
 STEPS = 2000  # of the optimiser, at least
 STEPS_PER_VALIDATION = 50
 LEAST_EPOCHS = 20
@@ -30,7 +31,7 @@ class Choice:
 
 # Adapters start as no change, so that weight decay pulls a model back to its start
 _RATES = {
-    "lr": Choice(0.005, "suits all methods with the schedule below"),
+    "lr": Choice(RATE, "suits all methods with the schedule below"),
     "schedule": Choice("cosine", "the last steps settle"),
 }
 _DECAY = {
@@ -63,11 +64,12 @@ _ASKING = ("swa", "lbfgs", "scheduler", "lr_factor", "scheduler_patience", "pt_t
 FLAGS = (*RECIPE, *BY_DATA, *_ASKING, "multiheads_finetuning")
 
 
-def before_data(given: Mapping[str, object]) -> dict[str, Choice]:
+def before_data(given: Mapping[str, object], scaling: float = 1.0) -> dict[str, Choice]:
     """The flags that the user did not give, and that don't contradict one given.
 
     Args:
         given: flags that the user gave.
+        scaling: of the updates of the method. A small one is made up for by the learning rate.
     """
     left_out: set[str] = set(given)
     if {"energy_weight", "forces_weight", "stress_weight", "loss"} & given.keys():
@@ -81,7 +83,13 @@ def before_data(given: Mapping[str, object]) -> dict[str, Choice]:
     if given.get("multiheads_finetuning") or given.get("pt_train_file"):
         # replay sets its own rates, and has its own way to keep what the foundation model knew
         left_out |= {*_RATES, *_DECAY, *_WEIGHTS, *_STEADY, "protect"}
-    return {flag: choice for flag, choice in RECIPE.items() if flag not in left_out}
+    chosen = {flag: choice for flag, choice in RECIPE.items() if flag not in left_out}
+    if "lr" in chosen and scaling < 1:
+        rate = min(RATE / scaling, HIGHEST_RATE)
+        chosen["lr"] = Choice(
+            rate, f"{RATE:g} for updates of scale 1, and these are of {scaling:g}"
+        )
+    return chosen
 
 
 def left_to_data(given: Mapping[str, object]) -> frozenset[str]:

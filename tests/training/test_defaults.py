@@ -14,11 +14,16 @@ from mace_lora.training import recipes
 from mace_lora.training.defaults import stresses
 from mace_lora.upstream import graphs
 
-LINE = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", "--adapter=lora"]
+LINE = ["--name=x", "--train_file=t.xyz", "--foundation_model=mini", "--adapter=full"]
 
 
 def chosen(*flags: str) -> dict[str, object]:
     _, _, options = cli.parse([*LINE, *flags])
+    return {flag: choice.value for flag, choice in options.chosen.items()}
+
+
+def lora(*flags: str) -> dict[str, object]:
+    _, _, options = cli.parse([*LINE[:3], "--lora=True", *flags])
     return {flag: choice.value for flag, choice in options.chosen.items()}
 
 
@@ -46,6 +51,11 @@ def test_all_flags_of_the_recipe_are_set_and_what_is_given_wins():
 )
 def test_nothing_is_set_that_contradicts_what_is_given(given, absent):
     assert not absent & chosen(*given).keys()
+
+
+@pytest.mark.parametrize(("rank", "alpha", "rate"), [(4, 1, 0.02), (16, 8, 0.01), (4, 4, 0.005)])
+def test_the_rate_makes_up_for_a_small_scale_of_the_updates(rank, alpha, rate):
+    assert lora(f"--lora_rank={rank}", f"--lora_alpha={alpha}")["lr"] == pytest.approx(rate)
 
 
 def test_mace_torchs_own_defaults():
