@@ -15,6 +15,7 @@ from dataclasses import dataclass
 OURS, MACE_TORCH = "fine-tuning", "mace-torch"  # values of --defaults
 
 RATE, HIGHEST_RATE = 0.005, 0.05
+DECAY = 0.001  # of a change, at a step: the weight decay times the learning rate
 STEPS = 2000  # of the optimiser, at least
 STEPS_PER_VALIDATION = 50
 LEAST_EPOCHS = 20
@@ -36,7 +37,9 @@ _RATES = {
 }
 _DECAY = {
     "optimizer": Choice("adamw", "with the weight decay below"),
-    "weight_decay": Choice(0.2, "pulls towards the foundation model, where the data don't object"),
+    "weight_decay": Choice(
+        DECAY / RATE, "pulls towards the foundation model, where the data don't object"
+    ),
 }
 _WEIGHTS = {
     "energy_weight": Choice(10.0, "energies and forces count alike (arXiv 2606.12704)"),
@@ -85,10 +88,12 @@ def before_data(given: Mapping[str, object], scaling: float = 1.0) -> dict[str, 
         left_out |= {*_RATES, *_DECAY, *_WEIGHTS, *_STEADY, "protect"}
     chosen = {flag: choice for flag, choice in RECIPE.items() if flag not in left_out}
     if "lr" in chosen and scaling < 1:
-        rate = min(RATE / scaling, HIGHEST_RATE)
-        chosen["lr"] = Choice(
-            rate, f"{RATE:g} for updates of scale 1, and these are of {scaling:g}"
-        )
+        why = f"{RATE:g} would suit updates of scale 1, and these are of {scaling:g}"
+        chosen["lr"] = Choice(min(RATE / scaling, HIGHEST_RATE), why)
+    if "weight_decay" in chosen:
+        rate = float(str(chosen["lr"].value if "lr" in chosen else given.get("lr", RATE)))
+        decay = float(f"{DECAY / rate:.3g}")
+        chosen["weight_decay"] = Choice(decay, RECIPE["weight_decay"].why)
     return chosen
 
 
