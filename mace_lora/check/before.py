@@ -30,7 +30,7 @@ def before_training(file: XyzFrames, model: torch.nn.Module, head: str | None = 
     chosen = sample(file.configurations, MOST_FRAMES, MOST_ATOMS, LEAST_FRAMES)
     try:
         compared = compare(file, chosen, model, head)
-        found = [] if compared is None else units.findings(file.path, compared)
+        found = [] if compared is None else units.findings(file.path, compared, file.factors)
     except (RuntimeError, ValueError, KeyError, np.linalg.LinAlgError) as error:
         # a model that can't predict these frames says nothing of them, and is no reason to stop
         logging.info(f"{file.path}: units not checked ({type(error).__name__}: {error})")

@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mace_lora.check.compared import Array, Compared
 from mace_lora.check.findings import DOUBT, ERROR, Finding
-from mace_lora.frames.units import UNITS
+from mace_lora.frames.units import UNITS, Units
 
 # Units that are recognised, the usual one first; in --units there are more. What lies within a
 # third of another (Rydberg/Bohr and Hartree/A, kJ/mol/nm and meV/A) is told by the energies' unit
@@ -61,13 +61,41 @@ class Fit:
         return abs(self.r) >= _LEAST[label] and self.sigmas > sigmas
 
 
-def findings(path: str, compared: Compared) -> list[Finding]:
+def findings(
+    path: str, compared: Compared, given: Mapping[str, float] | None = None
+) -> list[Finding]:
     """Mistaken units and signs of a file's labels.
 
     Args:
         path: of the file, for messages.
         compared: a sample of it.
+        given: by label the factor that its labels are multiplied by already (`--units`). Units are
+            looked for in what stands in the file.
     """
+    given = given or {}
+    as_written = {label: getattr(compared, label) / factor for label, factor in given.items()}
+    compared = replace(compared, **as_written)
+    found = _findings(path, compared)
+    fits = all_fits(compared)
+    for label, factor in given.items():
+        mine = [finding for finding in found if finding.what == label and finding.units]
+        if mine and 0.7 < _factor(mine[0]) / factor < 1.4:
+            found.remove(mine[0])
+        elif not mine and not 0.7 < factor < 1.4:
+            fit = fits.get(label)
+            if fit is not None and fit.goes_together(label, _SURE):
+                why = f"in {_RECOGNISED[label][0]} already, and --units has them multiplied by "
+                remedy = f"leave {label} out of --units for this file"
+                found.append(Finding(ERROR, label, path, f"{why}{factor:.6g}", remedy=remedy))
+    return found
+
+
+def _factor(finding: Finding) -> float:
+    (part,) = Units.parse(finding.units).parts
+    return part[2]
+
+
+def _findings(path: str, compared: Compared) -> list[Finding]:
     fits = all_fits(compared)
     found: list[Finding] = []
     unit = ""

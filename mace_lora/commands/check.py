@@ -111,7 +111,12 @@ def _findings(looked: list[Looked], compared: dict[str, Compared]) -> list[Findi
     from mace_lora.check.findings import DOUBT, ERROR
 
     found = [finding for file in looked for finding in file.findings]
-    mistaken = [f for path, values in compared.items() for f in units.findings(path, values)]
+    factors = {file.path: file.frames.factors for file in looked if file.frames is not None}
+    mistaken = [
+        finding
+        for path, values in compared.items()
+        for finding in units.findings(path, values, factors[path])
+    ]
     found += mistaken
     found += sets.findings([file.frames for file in looked if file.frames is not None])
     if not mistaken:

@@ -51,6 +51,7 @@ class XyzFrames:
 
     Attributes:
         keys: the name of each property in the file.
+        factors: by label, what its number in the file was multiplied by.
         energies: E0s by atomic number, from the isolated atoms that `set_isolated_aside` found.
 
     Raises:
@@ -75,7 +76,7 @@ class XyzFrames:
         for sentence in found.said:
             logging.info(sentence)
         self.keys = found.names
-        self._factors = factors
+        self.factors = dict(factors or {})
         self._numbers = list(range(len(self._atoms)))  # in the file
         self._configurations = [
             self._configuration(i, atoms, head, weights) for i, atoms in enumerate(self._atoms)
@@ -86,7 +87,7 @@ class XyzFrames:
         self, number: int, atoms: ase.Atoms, head: str, type_weights: Mapping[str, float]
     ) -> Configuration:
         try:
-            return configuration_of(atoms, self.keys, head, type_weights, self._factors)
+            return configuration_of(atoms, self.keys, head, type_weights, self.factors)
         except DataError as error:
             raise DataError(f"{self.path}, frame {number}: {error}") from None
 
