@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -16,12 +17,15 @@ from mace_lora.frames.reading import XyzFrames
 MOST_FRAMES, MOST_ATOMS, LEAST_FRAMES = 16, 800, 4
 
 
-def before_training(file: XyzFrames, model: torch.nn.Module, head: str | None = None) -> None:
+def before_training(
+    file: XyzFrames, model: torch.nn.Module, labels: Collection[str], head: str | None = None
+) -> None:
     """Compare some labels of a file with what a foundation model predicts; log what is doubtful.
 
     Args:
         file: frames, with labels as training takes them.
         model: the foundation model.
+        labels: those that are trained on; the others may be whatever they are.
         head: of it.
 
     Raises:
@@ -35,6 +39,7 @@ def before_training(file: XyzFrames, model: torch.nn.Module, head: str | None = 
         # a model that can't predict these frames says nothing of them, and is no reason to stop
         logging.info(f"{file.path}: units not checked ({type(error).__name__}: {error})")
         return
+    found = [finding for finding in found if finding.what in labels]
     for finding in found:
         if finding.severity != ERROR:
             logging.warning(str(finding))

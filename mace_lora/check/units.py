@@ -17,7 +17,7 @@ import numpy as np
 
 from mace_lora.check.compared import Array, Compared
 from mace_lora.check.findings import DOUBT, ERROR, Finding
-from mace_lora.frames.units import UNITS, Units
+from mace_lora.frames.units import UNITS
 
 # Units that are recognised, the usual one first; in --units there are more. What lies within a
 # third of another (Rydberg/Bohr and Hartree/A, kJ/mol/nm and meV/A) is told by the energies' unit
@@ -78,21 +78,29 @@ def findings(
     found = _findings(path, compared)
     fits = all_fits(compared)
     for label, factor in given.items():
-        mine = [finding for finding in found if finding.what == label and finding.units]
-        if mine and 0.7 < _factor(mine[0]) / factor < 1.4:
-            found.remove(mine[0])
-        elif not mine and not 0.7 < factor < 1.4:
-            fit = fits.get(label)
-            if fit is not None and fit.goes_together(label, _SURE):
-                why = f"in {_RECOGNISED[label][0]} already, and --units has them multiplied by "
-                remedy = f"leave {label} out of --units for this file"
-                found.append(Finding(ERROR, label, path, f"{why}{factor:.6g}", remedy=remedy))
+        mine = [finding for finding in found if finding.what == label]
+        fit = fits.get(label)
+        is_clear = fit is not None and fit.goes_together(label, _SURE)
+        if any(f"{label}={unit}" == f.units for f in mine for unit in _names(label, factor)) or (
+            fit is not None and fit.ratio * factor > 0 and _is_near(fit.ratio * factor)
+        ):
+            found = [finding for finding in found if finding not in mine]
+        elif is_clear and not mine:
+            why = f"in {_RECOGNISED[label][0]} already, and --units has them multiplied by "
+            remedy = f"leave {label} out of --units for this file"
+            found.append(Finding(ERROR, label, path, f"{why}{factor:.6g}", remedy=remedy))
     return found
 
 
-def _factor(finding: Finding) -> float:
-    (part,) = Units.parse(finding.units).parts
-    return part[2]
+def _names(label: str, factor: float) -> list[str]:
+    """The units of `--units` that stand for a factor."""
+    sign = "-" if factor < 0 else ""
+    return [f"{sign}{unit}" for unit, value in UNITS[label].items() if value == abs(factor)]
+
+
+def _is_near(ratio: float) -> bool:
+    """Whether labels are about as large as predictions."""
+    return abs(math.log(abs(ratio))) < _NEAR
 
 
 def _findings(path: str, compared: Compared) -> list[Finding]:

@@ -227,7 +227,8 @@ class Data:
         lacking = checks.check(frames, rules)
         model = self.foundation()
         if self._checks_units and model is not None and not no_data_ok:
-            before_training(frames, model, self.args.foundation_head)
+            labels = (*rules.needed, *rules.welcome)
+            before_training(frames, model, labels, self.args.foundation_head)
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)
             self._count(len(frames.configurations), sum(map(_atoms, frames.configurations)))

@@ -255,3 +255,26 @@ def test_every_unit_has_its_factor():
     assert stress["GPa"] == pytest.approx(10 * stress["kbar"])
     assert UNITS["forces"]["Hartree/Bohr"] == pytest.approx(51.42208619, rel=1e-6)
     assert stress["Hartree/Bohr^3"] == pytest.approx(29421.02648438959 * stress["GPa"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "severities"),
+    [
+        ("Hartree/Bohr", "Hartree/Bohr", []),
+        ("Hartree/A", "Rydberg/Bohr", []),  # so near to each other that the user is believed
+        ("meV/Bohr", "meV/Bohr", []),  # which is not recognised, but known
+        ("eV/A", "Hartree/Bohr", [ERROR]),
+        ("Hartree/Bohr", "kcal/mol/A", [ERROR]),
+        ("Hartree/Bohr", "-Hartree/Bohr", [ERROR]),
+    ],
+)
+def test_units_that_are_given(written, given, severities, tmp_path, mini):
+    path = str(tmp_path / "frames.xyz")
+    ase.io.write(path, mistaken(ethanol("train", 12), forces=written), format="extxyz")
+    factors = Units.parse(f"forces={given}").factors(path)
+    frames = look(path, {}, factors, mini).frames
+    compared = compare(frames, range(12), mini)
+    found = units.findings(path, compared, factors)
+    assert [f.severity for f in found] == severities
+    if severities and written != "eV/A":
+        assert found[0].units == f"forces={written}"
