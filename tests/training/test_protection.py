@@ -17,7 +17,7 @@ from mace_lora.frames import anchors
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.testing import randomise_
 from mace_lora.training.epochs.computing import Computing
-from mace_lora.training.epochs.protection import FREE, RELATIVE, Protection, cost
+from mace_lora.training.epochs.protection import FREE, RELATIVE, Protection, cost, fallen
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.options import RunOptions
 from mace_lora.upstream.predicting import frames_to_batch, frames_to_data, predict
@@ -51,6 +51,24 @@ def test_the_deepest_hole_is_drawn_at_as_much_as_any():
     assert pull(1.05) == pull(0.95) == 0
     assert min(pull(-1), pull(-10), pull(-1000)) > unit
     assert 0 < -pull(1000) < 0.1 * unit
+
+
+def test_a_wall_whose_energy_falls_costs():
+    """As H-C of a trained model did by 0.4 eV; a lower wall, another zero and flat parts don't."""
+    start = torch.tensor([6.5, 6.2, 5.4, 4.1, 3.4, 3.4, 3.35], dtype=torch.float64)
+    distances = torch.arange(7, dtype=torch.float64) * 0.05 + 0.6
+    assert fallen(start - 100.0, start, distances) == 0
+    assert fallen(0.8 * start, start, distances) == 0
+    flat = start + torch.tensor([0, 0, 0, 0, 0, 0, 0.05])
+    assert fallen(flat, start, distances) == 0
+    hole = torch.tensor([4.8, 5.4, 5.2, 4.1, 3.4, 3.4, 3.35], dtype=torch.float64)
+    hole.requires_grad_()
+    cost_of_hole = fallen(hole, start, distances)
+    cost_of_hole.backward()
+    assert cost_of_hole > 0.5
+    assert hole.grad[0] < 0  # up with it
+    assert (hole.grad[4:] == 0).all()
+    assert fallen(hole[:2], start[:2], distances[:2]) == 0  # too few to tell
 
 
 def test_the_gradient_is_that_of_the_cost():

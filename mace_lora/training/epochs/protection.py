@@ -29,9 +29,12 @@ from mace_lora.upstream.types import Dataset, Graph
 
 SOURCES = 100  # training frames that distorted ones are made of
 DISTORTED = 200
-# Of each kind at a step: pairs of the elements in the frames, other pairs, distorted frames
-PER_STEP = (16, 8, 1)
+# Of each kind at a step: pairs of the elements in the frames, other pairs, distorted frames; beside
+# them every second pair of one wall
+PER_STEP = (8, 8, 1)
 FREE, RELATIVE = 0.3, 0.1  # errors that cost nothing: eV/A, and a part of the start's force
+REPELS = 1.0  # eV/A: from this mean force on, a step of a wall must rise
+SPAN = 2  # pairs of half a wall, 0.1 A
 HELD = 0.5  # so much of the start's force along its direction is left, or it costs more
 WEIGHT = 0.3  # of it, beside the loss's
 AT_ONCE = 16  # anchors that are labelled in one batch
@@ -44,6 +47,20 @@ class Anchor:
     graph: Graph
     forces: torch.Tensor
     counts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Wall:
+    """Anchors of two elements close to each other, by distance (A, (n,)), and the start's energies
+    (eV, (n,)).
+    """
+
+    anchors: list[Anchor]
+    distances: torch.Tensor
+    energies: torch.Tensor
+
+    def every_second(self, first: int) -> Wall:
+        return Wall(self.anchors[first::2], self.distances[first::2], self.energies[first::2])
 
 
 class Protection:
@@ -76,6 +93,7 @@ class Protection:
         self._device = next(model.parameters()).device
         with disable_adapter(model):
             self._anchors = _anchors(model, dataset, seed)
+            self._walls = _walls(model, self._anchors[0])
         logging.info(
             "Protected: the start's forces on {} pairs of the elements in the frames, {} other "
             "pairs and {} distorted training frames are kept up to {} eV/A and {:.0%}".format(
@@ -90,21 +108,25 @@ class Protection:
         if step % self._every:
             return {}
         rng = np.random.default_rng((self._seed, step))
+        wall = self._walls[int(rng.integers(len(self._walls)))].every_second(int(rng.integers(2)))
         chosen = [
             kind[i]
             for kind, n in zip(self._anchors, PER_STEP, strict=True)
             for i in rng.choice(len(kind), min(n, len(kind)), replace=False)
         ]
+        chosen = [*wall.anchors, *chosen]
         batch = library.batch([anchor.graph for anchor in chosen]).to(self._device).to_dict()
         wanted = torch.cat([anchor.forces for anchor in chosen])
         counts = torch.cat([anchor.counts for anchor in chosen])
         with self._computing.active(self._model):
-            forces = self._model(batch, training=True, compute_force=True)["forces"]
+            found = self._model(batch, training=True, compute_force=True)
             parameters = list(adapter_parameters(self._model).values())
-            penalty = cost(forces, wanted, counts)
+            energies = found["energy"][: len(wall.anchors)]
+            penalty = cost(found["forces"], wanted, counts)
+            penalty = penalty + fallen(energies, wall.energies, wall.distances)
             raw = torch.autograd.grad(penalty, parameters, allow_unused=True)
-        found = {p: g for p, g in zip(parameters, raw, strict=True) if g is not None}
-        return _clipped(found, self._clip)
+        gradients = {p: g for p, g in zip(parameters, raw, strict=True) if g is not None}
+        return _clipped(gradients, self._clip)
 
 
 def cost(found: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -127,6 +149,23 @@ def cost(found: torch.Tensor, wanted: torch.Tensor, counts: torch.Tensor) -> tor
     beyond = torch.relu(error - free) / free
     penalty: torch.Tensor = (counts * (torch.log1p(beyond.square()) + lost)).mean()
     return penalty
+
+
+def fallen(found: torch.Tensor, wanted: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """What a wall lacks in height: `cost`'s part for lost forces, of the mean force between each
+    two of its pairs about 0.1 A apart. A hole of the energy may be made of forces that are all but
+    those of the start.
+
+    Args:
+        found, wanted: energies of a wall's pairs, eV, (n,).
+        distances: theirs, A, (n,), the shortest first.
+    """
+    if len(distances) <= SPAN:
+        return 0 * found.sum()
+    lengths = distances[SPAN:] - distances[:-SPAN]
+    mine, start = ((e[:-SPAN] - e[SPAN:]) / lengths for e in (found, wanted))
+    lost = torch.relu(HELD * start - mine) / (FREE + RELATIVE * start.abs())
+    return ((start > REPELS) * lost).mean()
 
 
 def _clipped(gradients: Gradients, clip: float) -> Gradients:
@@ -178,6 +217,23 @@ def _anchors(model: torch.nn.Module, dataset: Dataset, seed: int) -> list[list[A
         for kind in pairs
     ]
     return [*every, [anchor for anchor in beyond if anchor.counts.any()]]
+
+
+def _walls(model: torch.nn.Module, pairs: Sequence[Anchor]) -> list[Wall]:
+    """Of each two elements the pairs among `pairs` that are closer than bonds."""
+    groups: dict[tuple[int, ...], list[tuple[float, Anchor]]] = {}
+    for anchor in pairs:
+        distance = float((anchor.graph.positions[1] - anchor.graph.positions[0]).norm())
+        if distance <= anchors.WALL[-1] + 1e-6:
+            kind = tuple(anchor.graph.node_attrs.argmax(dim=1).tolist())
+            groups.setdefault(kind, []).append((distance, anchor))
+    walls = []
+    for group in groups.values():
+        distances, members = zip(*sorted(group, key=lambda one: one[0]), strict=True)
+        graphs = [member.graph for member in members]
+        energies = predict(model, [library.batch(graphs)])["energy"]
+        walls.append(Wall(list(members), energies.new_tensor(distances), energies))
+    return walls
 
 
 def _frame(graph: Graph, known: Sequence[int]) -> ase.Atoms:
