@@ -42,8 +42,8 @@ _DECAY = {
     ),
 }
 _WEIGHTS = {
-    "energy_weight": Choice(10.0, "energies and forces count alike (arXiv 2606.12704)"),
-    "forces_weight": Choice(10.0, "energies and forces count alike (arXiv 2606.12704)"),
+    "energy_weight": Choice(100.0, "energies per atom are small numbers beside forces"),
+    "forces_weight": Choice(10.0, "energies per atom are small numbers beside forces"),
 }
 _STEADY = {
     "clip_grad": Choice(1.0, "for all steps to be of one size"),
