@@ -33,8 +33,8 @@ def _upstream_lora(rank: int, alpha: float) -> Method:
     )
 
 
-# What suits a fine-tuning, but for the rate, which the comparison varies, and for the weights, which
-# are the same for all methods
+# What suits a fine-tuning, but for the rate, which the comparison varies, and for the weights,
+# which all methods share
 _OF_THE_COMPARISON = ("lr", "energy_weight", "forces_weight")
 RECIPE = {f: c.value for f, c in recipes.RECIPE.items() if f not in _OF_THE_COMPARISON}
 
