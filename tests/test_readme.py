@@ -68,7 +68,7 @@ ELSEWHERE = {
 NAMES = {
     *("mace_lora train", "python -m mace_lora train", "mace_run_train --distributed"),
     *("mace_lora info", "mace_lora extract", "mace_lora completion", "mace_run_train --help"),
-    "mace_lora trust",
+    *("mace_lora trust", "mace_lora tune", "mace_lora check"),
     *("scripts/reproduce.sh rmd17", "scripts/reproduce.sh --help"),
 }
 PROGRAMS = r"(?:mace_run_train|mace_create|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"
