@@ -62,6 +62,7 @@ ELSEWHERE = {
         "tests/scripts/test_transfer.py",
         "prepare_spice2022",
     ),
+    "mace_lora tune": ("tests/commands/test_tune.py", 'tool_prints(capsys, "tune"'),
     "mace_lora extract --base mini": ("tests/commands/test_tools.py", '"extract", *flags'),
 }
 # Inline words that name a command and don't give one.
@@ -227,7 +228,7 @@ def story(tmp_path, monkeypatch) -> Path:
     for part in ("scripts", "configs", "tests", "mace_lora"):
         (folder / part).symlink_to(ROOT / part)
     frames = ase.io.read(DATA / "ethanol_train.xyz", index=":20")
-    for file, chosen in {"train": frames, "test": frames[:4], "old": frames[4:6]}.items():
+    for file, chosen in {"train": frames[6:], "test": frames[:4], "old": frames[4:6]}.items():
         ase.io.write(folder / f"{file}.xyz", chosen, format="extxyz")
     aspirin = folder / "DATA" / "rmd17" / "aspirin"
     aspirin.mkdir(parents=True)
