@@ -14,7 +14,6 @@ import torch
 from ase.data import chemical_symbols
 
 from mace_lora.model.description import Description, atomic_numbers
-from mace_lora.model.injection import adapter_parameters
 from mace_lora.training.epochs import processes
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.record import Run
@@ -31,8 +30,12 @@ Array = npt.NDArray[np.float64]
 
 
 def of_model(model: torch.nn.Module) -> torch.Tensor | None:
-    """The E0s as they stand, a copy: (heads, elements) or (elements,), eV; None without any."""
-    found = getattr(getattr(model, "atomic_energies_fn", None), "atomic_energies", None)
+    """The E0s as they stand, a copy: (heads, elements) or (elements,), eV; None where there are
+    none, or where they are trained themselves.
+    """
+    block = getattr(model, "atomic_energies_fn", None)
+    buffers = {} if block is None else dict(block.named_buffers(recurse=False))
+    found = buffers.get("atomic_energies")
     return None if found is None else found.detach().cpu().clone()
 
 
@@ -94,8 +97,7 @@ class Solver:
         usable = (g for g in found if has(g, "energy") and int(g["head"]) in heads)
         self._graphs = [g for g, _ in zip(usable, range(MOST_FRAMES), strict=False)]
         self._batch_size = batch_size
-        trained = any("atomic_energies" in name for name in adapter_parameters(model))
-        self._active = self._start is not None and bool(self._graphs) and not trained
+        self._active = self._start is not None and bool(self._graphs)
 
     @torch.no_grad()
     def solve(self, distributed: bool = False) -> None:
