@@ -134,7 +134,7 @@ def test_an_unknown_key_in_a_config_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "meant"),
     [
-        ("--full_preset=balancd", "balanced"),
+        ("--defaults=mace-torc", "mace-torch"),
         ("--schedule=cosin", "cosine"),
         ("--loss=weightd", "weighted"),  # mace-torch's
         ("--lora_rnak=2", "--lora_rank"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def short_run(data: dict[str, str], foundation: str, *more: str) -> list[str]:
     return ["--name=run", f"--foundation_model={foundation}", *files, *common, *more]
 
 
-def settled(flags: tuple[str, ...]) -> list[str]:
+def settled(flags: Sequence[str]) -> list[str]:
     """`flags` with mace-torch's defaults where an adapter is trained: what tests say of one thing
     doesn't depend on what suits a fine-tuning. With `--defaults` among them, as they are.
     """

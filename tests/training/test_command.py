@@ -78,6 +78,7 @@ def test_exactly_these_files_are_left(run):
         "run_learning_curve.png",
         "run_parity.png",
         "run_report.html",
+        "run.yaml",
         "results/run_run-1_train.txt",
         "logs/run_run-1.log",
         "logs/run_run-1_debug.log",

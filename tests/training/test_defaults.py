@@ -121,7 +121,7 @@ def test_stress_is_trained_where_there_is_one_and_the_yaml_repeats_the_run(tmp_p
     log = (tmp_path / "one/logs/run_run-1.log").read_text()
     assert "| --loss             | stress" in log
     found = yaml.safe_load((tmp_path / "one/run.yaml").read_text())
-    assert (found["loss"], found["batch_size"], found["lr"]) == ("stress", 1, 0.005)
+    assert (found["loss"], found["batch_size"], found["lr"]) == ("stress", 1, 0.02)
     config = f"--config={tmp_path / 'one/run.yaml'}"
     assert here(tmp_path / "two", config, "--defaults=fine-tuning") == ""
     assert results(tmp_path / "one") == results(tmp_path / "two")

@@ -19,6 +19,7 @@ from helpers.running import (
     process,
     results,
     same_weights,
+    settled,
     short_run,
     signal_after,
     wait_for_lines,
@@ -71,7 +72,7 @@ def test_an_uninterrupted_run_is_as_with_mace_torchs_own_loop(tmp_path, flags, w
     def without_our_loop(run, stop):
         def train(**keywords):
             valid_sets = {h: v.dataset for h, v in keywords["valid_loaders"].items()}
-            run.trained = Trained(len(keywords["train_loader"].dataset), valid_sets)
+            run.trained = Trained(len(keywords["train_loader"].dataset), {}, valid_sets)
             upstream.original("train")(**keywords)
 
         found = {**ours(run, stop), "train": train}
@@ -119,7 +120,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, flags, whole, caplog, capfd, lines):
     assert not (tmp_path / "run.model").exists()
     commands = [line.strip() for line in caplog.text.splitlines() if "  mace_run_train" in line]
     on, best = (shlex.split(line)[1:] for line in commands)
-    assert on == [*flags, "--restart_latest"]
+    assert on == [*settled(flags), "--restart_latest"]
     stopped = len(results(tmp_path))
     assert here(tmp_path, *best) == ""
     assert len(results(tmp_path)) == stopped  # nothing was trained

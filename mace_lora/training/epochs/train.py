@@ -33,9 +33,9 @@ def train(
     loop = Loop(run, given, stop, computing, checkpoints)
     if given.log_wandb and given.rank == 0:
         _describe_to_wandb(run, optimised.count(given.model))
+    loop.resume()
     if given.rank == 0:
         defaults.write(run)
-    loop.resume()
     with upstream.substituted({"take_step": loop.take_step}):
         loop.run()
     checkpoints.training_is_over()
