@@ -206,7 +206,9 @@ def settings_of_head(
     files = {"train_file": str(hdf5), "valid_file": str(hdf5), "E0s": E0s}
     asked = {**files, "statistics_file": str(tmp_path / "statistics.json"), "key_specification": 0}
     names = "valid_fraction config_type_weights compute_avg_num_neighbors atomic_numbers mean std"
-    rest = dict.fromkeys((*names.split(), "avg_num_neighbors", "keep_isolated_atoms"))
+    rest = dict.fromkeys(
+        (*names.split(), "avg_num_neighbors", "keep_isolated_atoms", "foundation_model_elements")
+    )
     args = flags(**{**asked, **rest})
     return Data(args, lambda: base).head_config(asked, "Default", args)
 

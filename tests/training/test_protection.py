@@ -150,7 +150,7 @@ def test_its_gradient_lowers_the_error_on_pairs_that_are_no_anchors(start):
     before, guard = error(), protection(model)
     assert before > 2
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for step in range(0, 120, 2):
+    for step in range(0, 420, 2):
         optimiser.zero_grad()
         for parameter, gradient in guard.gradients(step).items():
             parameter.grad = gradient
