@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mace_lora.frames.units import Units
 from mace_lora.results import run_page, verdict
+from mace_lora.training import defaults
 from mace_lora.training.files.saving import files_left
 from mace_lora.training.record import Run
 from mace_lora.trust import checks
@@ -26,6 +27,7 @@ def write(run: Run) -> None:
         judged = _judge(run)
         _log_errors(run)
     if hasattr(run, "saved"):
+        _write_settings(run)
         _write_page(run, judged)
     for file, meaning in files_left(run).items():
         logging.info(f"  {file}: {meaning}")
@@ -73,6 +75,13 @@ def _trust(run: Run) -> list[str]:
         if check.verdict == checks.FAIL:
             logging.warning(f"Not to be trusted away from the training frames: {check}")
     return [str(check) for check in found]
+
+
+def _write_settings(run: Run) -> None:
+    try:
+        defaults.write(run)
+    except OSError as error:  # the models are saved, and the log has the settings
+        logging.warning(f"no file of settings: {error}")
 
 
 def _write_page(run: Run, judged: list[str]) -> None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from mace_lora.training import defaults
 from mace_lora.training.epochs import optimised
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.loop import Loop
@@ -34,8 +33,6 @@ def train(
     if given.log_wandb and given.rank == 0:
         _describe_to_wandb(run, optimised.count(given.model))
     loop.resume()
-    if given.rank == 0:
-        defaults.write(run)
     with upstream.substituted({"take_step": loop.take_step}):
         loop.run()
     checkpoints.training_is_over()
