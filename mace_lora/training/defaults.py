@@ -19,7 +19,7 @@ from mace_lora.training.data import Data
 from mace_lora.training.epochs import processes
 from mace_lora.training.recipes import Choice
 from mace_lora.training.record import Run
-from mace_lora.upstream import graphs
+from mace_lora.upstream import graphs, logs
 from mace_lora.upstream.graphs import Configuration
 
 
@@ -48,7 +48,9 @@ class Suiting:
             chosen |= _set(args, recipes.by_steps(max(1, n_frames // per_step)), may)
         self.run.chosen = chosen
         if chosen:
-            logging.info(f"Flags that were not given, and what suits:\n{table(chosen)}")
+            flags = " ".join(f"--{flag}={choice.value}" for flag, choice in chosen.items())
+            logging.info(f"Set to what suits (why: see the log file): {flags}")
+            logs.to_file(f"Flags that were not given:\n{table(chosen)}")
 
     def _counted(self, args: argparse.Namespace) -> tuple[int, int]:
         """Frames to train on, and atoms in them."""

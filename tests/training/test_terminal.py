@@ -50,7 +50,7 @@ def test_what_matters_is_shown(run):
         "| part of the model",
         "E0s of head Default: H -",
         "Energy offset before training",
-        "Set by the preset: --lr=0.005",
+        "Set to what suits (why: see the log file): --lr=0.005",
     ):
         assert text in before
     for text in ("Epoch 1: head", "Error-table on TEST:\n+--", "run_adapter: the adapter alone"):
@@ -71,6 +71,7 @@ def test_the_log_file_has_all(run):
         "E0 ESTIMATION FROM FOUNDATION MODEL",
         "System is rank deficient",
         "Not adapted, and frozen:",
+        "| --lr               | 0.005",
         "Skipping evaluation for heads: ['pt_head']",
     ):
         assert text in log
