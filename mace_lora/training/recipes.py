@@ -92,7 +92,7 @@ def before_data(given: Mapping[str, object], scaling: float = 1.0) -> dict[str, 
         chosen["lr"] = Choice(min(RATE / scaling, HIGHEST_RATE), why)
     if "weight_decay" in chosen:
         rate = float(str(chosen["lr"].value if "lr" in chosen else given.get("lr", RATE)))
-        decay = float(f"{DECAY / rate:.3g}")
+        decay = min(1.0, float(f"{DECAY / rate:.3g}")) if rate > 0 else 0.0
         chosen["weight_decay"] = Choice(decay, RECIPE["weight_decay"].why)
     return chosen
 
