@@ -12,7 +12,7 @@ import torch
 
 from mace_lora.frames.isolated_atoms import known_theories
 from mace_lora.frames.reading import XyzFrames
-from mace_lora.model.description import atomic_numbers, describe, heads
+from mace_lora.model.description import atomic_numbers, e0s, heads
 from mace_lora.upstream import predicting
 from mace_lora.upstream.graphs import Configuration, has_volume, is_placeholder
 
@@ -88,28 +88,19 @@ def compare(
         return None
     frames = [replace(file.configurations[i], head=head) for i in kept]  # type: ignore[type-var]
     wants_stress = any(_label(f, name) is not None for f in frames for name in _MATRICES)
+    parts = predicting.in_parts(frames, lambda f: len(f.atomic_numbers), _BATCH_ATOMS)
     found = predicting.predict(
         model,
-        (predicting.configurations_to_batch(part, model) for part in _batches(frames)),
+        (predicting.configurations_to_batch(part, model) for part in parts),
         compute_stress=wants_stress,
     )
     values = {name: value.cpu().double().numpy() for name, value in found.items()}
     if "energy" not in values or "forces" not in values:
         return None
-    return _compared(file, kept, frames, values, _e0s(model, head))
+    return _compared(file, kept, frames, values, e0s(model, head))
 
 
 _MATRICES = ("stress", "virials")
-
-
-def _batches(frames: list[Configuration]) -> Iterable[list[Configuration]]:
-    part: list[Configuration] = []
-    for frame in frames:
-        if part and sum(len(f.atomic_numbers) for f in (*part, frame)) > _BATCH_ATOMS:
-            yield part
-            part = []
-        part.append(frame)
-    yield part
 
 
 def _compared(
@@ -185,11 +176,3 @@ def _cell(frame: Configuration) -> Array:
 
 def _atoms(frames: Sequence[Configuration], table: dict[int, float]) -> Array:
     return np.array([sum(table.get(int(z), 0.0) for z in f.atomic_numbers) for f in frames])
-
-
-def _e0s(model: torch.nn.Module, head: str) -> dict[int, float]:
-    rows = describe(model)["atomic_energies"]
-    if rows is None:
-        return {}
-    row = rows[min(heads(model).index(head), len(rows) - 1)]
-    return dict(zip(atomic_numbers(model), row, strict=True))

@@ -75,8 +75,8 @@ def findings(
     given = given or {}
     as_written = {label: getattr(compared, label) / factor for label, factor in given.items()}
     compared = replace(compared, **as_written)
-    found = _findings(path, compared)
     fits = all_fits(compared)
+    found = _findings(path, compared, fits)
     for label, factor in given.items():
         mine = [finding for finding in found if finding.what == label]
         fit = fits.get(label)
@@ -103,8 +103,7 @@ def _is_near(ratio: float) -> bool:
     return abs(math.log(abs(ratio))) < _NEAR
 
 
-def _findings(path: str, compared: Compared) -> list[Finding]:
-    fits = all_fits(compared)
+def _findings(path: str, compared: Compared, fits: Mapping[str, Fit]) -> list[Finding]:
     found: list[Finding] = []
     unit = ""
     if "energy" in fits or np.isfinite(compared.energy).any():

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
 from mace_lora.frames.units import HELP, Units
 from mace_lora.parsing import ExistingFile
+from mace_lora.printing import Data
 from mace_lora.upstream.known import ExistingModel
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_trust(parser)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Data:
     units = Units.parse(options.units)
     units.check_named(options.files)
     _refuse_stored(options.files)
@@ -145,7 +146,7 @@ def _units(findings: list[Finding], paths: list[str]) -> str:
     return f"--units={','.join(found)}" if found else ""
 
 
-def text(data: dict[str, Any]) -> str:
+def text(data: Data) -> str:
     from mace_lora.check.findings import DOUBT, text_of
 
     lines = []

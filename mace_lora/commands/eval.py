@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError, did_you_mean
 from mace_lora.parsing import ExistingAdapter, ExistingFile
+from mace_lora.printing import Data
 from mace_lora.upstream.known import ExistingModel
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_trust(parser)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Data:
     from mace_lora.results.evaluation import UNITS, head_of_each, predict_values, with_fitted_e0s
     from mace_lora.results.labelled import read_frames
     from mace_lora.results.pictures import parity
@@ -156,7 +157,7 @@ def _heads_used(
     return {name: sorted({h for file in heads for h in file[name]}) for name in compared}
 
 
-def _result(path: str, frames: LabelledFrames, values: dict[str, Values]) -> dict[str, Any]:
+def _result(path: str, frames: LabelledFrames, values: dict[str, Values]) -> Data:
     from mace_lora.results.evaluation import as_json, errors
 
     return {
@@ -166,7 +167,7 @@ def _result(path: str, frames: LabelledFrames, values: dict[str, Values]) -> dic
     }
 
 
-def text(data: dict[str, Any]) -> str:
+def text(data: Data) -> str:
     parts = list(data["said"])
     if data["heads"]:
         used = (f"{', '.join(heads)} of {name}" for name, heads in data["heads"].items())
@@ -184,7 +185,7 @@ def text(data: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _table(results: dict[str, list[dict[str, Any]]], metric: str, quantity: str) -> str:
+def _table(results: dict[str, list[Data]], metric: str, quantity: str) -> str:
     names = list(results)
     rows = []
     for i, row in enumerate(results[names[0]]):
@@ -197,7 +198,7 @@ def _table(results: dict[str, list[dict[str, Any]]], metric: str, quantity: str)
     return common.table(["", "count", *names], rows)
 
 
-def _offsets(file: dict[str, Any]) -> list[str]:
+def _offsets(file: Data) -> list[str]:
     """A word on models whose energies are far from the labels, most likely by other E0s."""
     from mace_lora.results.evaluation import FAR
 

@@ -9,12 +9,13 @@ frames.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mace_lora.commands import common
 from mace_lora.config import AdapterConfig
 from mace_lora.files import size
 from mace_lora.parsing import ExistingFile
+from mace_lora.printing import Data
 from mace_lora.upstream.known import ExistingModel
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_trust(parser)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Data:
     from mace_lora.api.extraction import extract
     from mace_lora.api.files import load_adapter
     from mace_lora.model import artefact
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found = extract(base, finetuned, config, options.head)
     found.base["name"] = options.base
     found.save(options.output)
-    result: dict[str, Any] = {
+    result: Data = {
         "output": options.output,
         "bytes": size(options.output),
         "method": options.method,
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(
     frames: LabelledFrames, models: dict[str, torch.nn.Module], options: argparse.Namespace
-) -> dict[str, Any]:
+) -> Data:
     """The errors of several models, and what is to be said of the frames."""
     from mace_lora.results.evaluation import errors, head_of_each, predict_values
 
@@ -110,7 +111,7 @@ def _measure(
     return {"errors": {name: row.mae for name, row in found.items()}, "said": said}
 
 
-def text(data: dict[str, Any]) -> str:
+def text(data: Data) -> str:
     from mace_lora.results.evaluation import UNITS
 
     rows = [

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mace_lora.commands import common
 from mace_lora.errors import ConfigError
 from mace_lora.parsing import ExistingFile
+from mace_lora.printing import Data
 from mace_lora.upstream.known import ExistingModel
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_trust(parser)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Data:
     if not 0 <= options.ps < 1e4:
         raise ConfigError(f"--ps={options.ps}: a number of picoseconds, 0 or more, is needed")
     if options.output:
@@ -97,7 +98,7 @@ def _data(
     return list(fitting.atoms), fitting.labels.energy, said
 
 
-def text(data: dict[str, Any]) -> str:
+def text(data: Data) -> str:
     from mace_lora.trust.checks import COLUMNS, cells
 
     lines = [*data["said"]]

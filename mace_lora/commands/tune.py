@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mace_lora.errors import ConfigError
 from mace_lora.parsing import ExistingFile
+from mace_lora.printing import Data, say
 from mace_lora.upstream.known import ExistingModel
 
 if TYPE_CHECKING:
@@ -43,13 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="a folder for runs, page and winner")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Data:
     settings = _settings(options)
     train, valid = str(settings.pop("train_file")), settings.pop("valid_file", None)
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output={folder}: a folder is needed")
-    from mace_lora.printing import say
     from mace_lora.tuning import page, search
 
     frames, n_atoms, files, validation = _split(folder, train, valid)
@@ -76,11 +76,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def _settings(options: argparse.Namespace) -> Data:
     """Flags of all runs, files by their whole paths."""
     import yaml
 
-    found: dict[str, Any] = {}
+    found: Data = {}
     if options.config:
         found = yaml.safe_load(Path(options.config).read_text()) or {}
     given = {name: getattr(options, name) for name in (*_GIVEN, *_KEYS)}
@@ -135,7 +135,7 @@ def would_more_help(by_frames: list[Tried]) -> str:
     return f"{what}: more frames of this kind would hardly help"
 
 
-def _write(path: Path, settings: dict[str, Any]) -> str:
+def _write(path: Path, settings: Data) -> str:
     import yaml
 
     from mace_lora.files import whole_file
@@ -146,7 +146,7 @@ def _write(path: Path, settings: dict[str, Any]) -> str:
     return text
 
 
-def _data(tried: Tried) -> dict[str, Any]:
+def _data(tried: Tried) -> Data:
     score = tried.outcome.score
     return {
         "settings": tried.candidate.name,
@@ -165,7 +165,7 @@ def _line(tried: Tried) -> str:
     )
 
 
-def text(data: dict[str, Any]) -> str:
+def text(data: Data) -> str:
     return "\n".join(
         [
             f"best: {data['winner']}",

@@ -13,7 +13,7 @@ import torch
 from mace_lora.errors import ConfigError, DataError, FoundationModelError, closest
 from mace_lora.frames import isolated_atoms
 from mace_lora.frames.checks import symbols
-from mace_lora.model.description import atomic_numbers, describe
+from mace_lora.model.description import e0s, heads
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.graphs import Configuration
 
@@ -106,12 +106,12 @@ class AtomicEnergies:
             table: the elements, as mace-torch's AtomicNumberTable.
             device: on which to compute.
         """
-        rows = describe(model)["atomic_energies"]
-        if rows is None:
+        own = e0s(model, heads(model)[0])
+        if not own:
             raise FoundationModelError("the foundation model has no E0s to estimate others from")
         return self.estimate(
             model,
-            foundation_e0s=dict(zip(atomic_numbers(model), rows[0], strict=True)),
+            foundation_e0s=own,
             collections_train=frames,
             z_table=table,
             device=device,
@@ -145,10 +145,9 @@ class AtomicEnergies:
             in_frames: per head, the elements of its frames, whose E0s are those of the run.
             model: the foundation model.
         """
-        rows = describe(model)["atomic_energies"]
-        if energies is None or rows is None:
+        own = e0s(model, heads(model)[0])
+        if energies is None or not own:
             return energies
-        own = dict(zip(atomic_numbers(model), rows[0], strict=True))
         kept = np.array(energies, dtype=float)
         for row, present in zip(np.atleast_2d(kept), in_frames, strict=True):
             for column, z in enumerate(elements):

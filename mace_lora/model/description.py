@@ -44,6 +44,17 @@ def heads(model: torch.nn.Module) -> list[str]:
     return list(getattr(model, "heads", None) or ["Default"])
 
 
+def e0s(model: torch.nn.Module, head: str | None = None) -> dict[int, float]:
+    """E0s (eV) of a head, the last one if None, by atomic number; none where a model has none."""
+    found = _constant(model, "atomic_energies_fn", "atomic_energies")
+    if found is None:
+        return {}
+    numbers = atomic_numbers(model)
+    rows = found.detach().reshape(-1, len(numbers)).tolist()
+    row = rows[min(heads(model).index(head), len(rows) - 1)] if head else rows[-1]
+    return dict(zip(numbers, row, strict=True))
+
+
 def check_head(model: torch.nn.Module, head: str | None, called: str) -> None:
     """Raises FoundationModelError where `model` has no such head; None stands for the last one.
 

@@ -123,12 +123,7 @@ class History:
 
     def changes(self, head: str) -> list[tuple[str, str, float, float]]:
         """Quantity, unit, validation error before training and at the epoch of the lowest loss."""
-        before, best = self._ends(head)
-        return [
-            (label, unit, 1e3 * before[key], 1e3 * best[key])
-            for key, label, unit in _CURVES
-            if key in before and key in best
-        ]
+        return self.beside(head, self._ends(head)[0])
 
     def summary(self) -> str:
         """Validation errors before training and at the epoch of the lowest loss, per head."""

@@ -45,12 +45,16 @@ def judge(
         n_validation: frames, by head.
         flags: of the run.
     """
-    bad: list[str] = []
-    told: list[str] = []
     change: dict[str, object] = {}
-    for head in history.heads():
-        where = f" ({head})" if len(history.heads()) > 1 else ""
-        bad += _worse(history, head, where, flags, change)
+    named = {head: f" ({head})" if len(history.heads()) > 1 else "" for head in history.heads()}
+    bad = [text for h, where in named.items() for text in _worse(history, h, where, flags, change)]
+    if not bad and not history.has_learnt():
+        bad.append(
+            "the validation loss never fell below that of the foundation model: train longer, or "
+            f"try another --lr (it was {flags.get('lr')})"
+        )
+    told: list[str] = []
+    for head, where in named.items():
         bad += _overfitted(history, head, where, training.get(head, {}), flags, change)
         told += _improving(history, head, where, flags, change)
         if 0 < (n := n_validation.get(head, 0)) < FEW_FRAMES:
@@ -65,17 +69,12 @@ def _worse(
     for label, unit, before, after in history.changes(head):
         if after <= WORSE * before:
             continue
-        weight = next((w for name, w in _WEIGHTS.items() if label.startswith(name)), None)
-        advice = ""
-        if weight is not None and isinstance(flags.get(weight), (int, float)):
-            change[weight] = 10 * float(str(flags[weight]))
-            advice = f": raise --{weight} (it was {flags[weight]:g})"
+        weight = next(w for name, w in _WEIGHTS.items() if label.startswith(name))
+        value, advice = flags.get(weight), ""
+        if isinstance(value, (int, float)):
+            change[weight] = 10.0 * value
+            advice = f": raise --{weight} (it was {value:g})"
         found.append(f"{label} got worse, {before:.1f} -> {after:.1f} {unit}{where}{advice}")
-    if not found and not history.has_learnt():
-        found.append(
-            "the validation loss never fell below that of the foundation model: train longer, or "
-            f"try another --lr (it was {flags.get('lr')})"
-        )
     return found
 
 

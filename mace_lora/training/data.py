@@ -67,7 +67,8 @@ class Data:
         self._loaded = loaded
         # a stress is trained on where there is one, whatever the loss is so far
         self._welcome_stress = options is not None and "loss" in options.left_to_data
-        self.frames: list[Configuration] = []  # all that ASE read
+        self.train_frames: list[Configuration] = []  # that ASE read, before some are split off
+        self.other_frames: list[Configuration] = []  # that ASE read to validate and to test
         self.n_train = self.n_train_atoms = 0  # frames to train on, before some are split off
         self._one_head: torch.nn.Module | None = None
         self._graphs = Graphs()
@@ -158,16 +159,21 @@ class Data:
             self._estimated.add(head_name)
         files = [config.train_file] if isinstance(config.train_file, str) else config.train_file
         one_by_one = [file for file in files if stored.is_stored("train_file", file)]
-        if config.atomic_numbers is not None and head_name != _REPLAY:
-            self._count_stored(config, one_by_one)
-        if one_by_one and str(config.E0s).lower() in ("estimated", "average"):
-            config.E0s = str(self._fitted(config, one_by_one))
+        fits = bool(one_by_one) and str(config.E0s).lower() in ("estimated", "average")
+        counts = config.atomic_numbers is not None and head_name != _REPLAY
+        parts = self._parts(config, one_by_one) if fits or counts else []
+        if counts:
+            for part in parts:
+                first = next(iter(part), None)
+                self._count(len(part), len(part) * (0 if first is None else _atoms(first)))
+        if fits:
+            config.E0s = str(self._fitted(config, parts))
         return config
 
-    def _fitted(self, head: HeadConfig, files: list[str]) -> dict[int, float]:
+    def _fitted(self, head: HeadConfig, parts: list[StoredFrames]) -> dict[int, float]:
         """E0s from frames in HDF5 and LMDB; --E0s of the head says which."""
         table = library.elements(ast.literal_eval(str(head.atomic_numbers)))
-        frames = [frame for part in self._parts(head, files) for frame in part]
+        frames = [frame for part in parts for frame in part]
         if (asked := str(head.E0s)).lower() == "average":
             return self.energies.read(asked, frames, table)
         model = self.foundation()
@@ -182,11 +188,6 @@ class Data:
         load = upstream.original("load_stored")
         opened = {file: load(file_path=file, head_config=head, **settings) for file in files}
         return [part for file, data in opened.items() for part in stored.parts(file, data)]
-
-    def _count_stored(self, head: HeadConfig, files: list[str]) -> None:
-        for part in self._parts(head, files):
-            first = next(iter(part), None)
-            self._count(len(part), len(part) * (0 if first is None else _atoms(first)))
 
     # ------------------------------------------------------------------ files that ASE reads
 
@@ -232,7 +233,9 @@ class Data:
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)
             self._count(len(frames.configurations), sum(map(_atoms, frames.configurations)))
-        self.frames += frames.configurations
+            self.train_frames += frames.configurations
+        else:
+            self.other_frames += frames.configurations
         return frames.energies, frames.configurations
 
     def _wanted(self, rules: Rules) -> tuple[str, ...]:

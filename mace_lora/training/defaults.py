@@ -42,7 +42,9 @@ class Suiting:
         chosen = dict(options.chosen)
         n_frames, n_atoms = self._counted(args)
         if n_frames:
-            found = recipes.by_data(n_frames, n_atoms, stresses(self.data.frames))
+            found = recipes.by_data(
+                n_frames, n_atoms, stresses(self.data.train_frames, self.data.other_frames)
+            )
             chosen |= _set(args, found, may)
             per_step = args.batch_size * processes.count(args.distributed) * options.accumulate
             chosen |= _set(args, recipes.by_steps(max(1, n_frames // per_step)), may)
@@ -67,18 +69,20 @@ def _set(
     return chosen
 
 
-def stresses(frames: Iterable[Configuration]) -> int:
-    """How many frames have a stress; 0 if a frame that has one is no crystal: such a stress
-    depends on what is taken for its volume.
+def stresses(train: Iterable[Configuration], others: Iterable[Configuration] = ()) -> int:
+    """How many training frames have a stress; 0 if a frame that has one is no crystal, be it among
+    `others`: such a stress depends on what is taken for its volume.
     """
-    n = 0
-    for frame in frames:
-        if frame.properties.get("stress") is None or graphs.is_placeholder(frame):
-            continue
-        if not all(graphs.periodic_in(frame)):
-            return 0
-        n += 1
-    return n
+    having = [
+        [
+            f
+            for f in frames
+            if f.properties.get("stress") is not None and not graphs.is_placeholder(f)
+        ]
+        for frames in (train, others)
+    ]
+    is_crystal = all(all(graphs.periodic_in(f)) for frames in having for f in frames)
+    return len(having[0]) if is_crystal else 0
 
 
 def table(chosen: Mapping[str, Choice]) -> str:

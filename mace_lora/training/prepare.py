@@ -108,10 +108,10 @@ def _refuse_without_effect(
         )
     if not args.lbfgs:
         return
-    # of other optimisers' steps; a preset may have set the schedule
+    # of other optimisers' steps
     given = {
         "warmup_steps": options.warmup_steps > 0,
-        "schedule": options.schedule != CONSTANT and "schedule" not in options.chosen,
+        "schedule": options.schedule != CONSTANT,
         f"{config.method}_dropout": getattr(config.options, "dropout", 0) > 0,
         f"{config.method}_lr_ratio": getattr(config.options, "lr_ratio", 1) != 1,
     }

@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from mace_lora.frames.isolated_atoms import known_theories
-from mace_lora.model.description import atomic_numbers
+from mace_lora.model.description import atomic_numbers, e0s
 from mace_lora.trust import dynamics
 from mace_lora.trust.frames import (
     RATTLES,
@@ -35,7 +35,6 @@ from mace_lora.trust.measures import (
     answers,
     atoms_apart,
     by_scan,
-    e0s,
     holes,
     relative,
 )

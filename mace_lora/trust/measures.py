@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from ase import Atoms
 
-from mace_lora.model.description import atomic_numbers, heads
+from mace_lora.model.description import e0s
 from mace_lora.trust.frames import Scan
-from mace_lora.upstream.predicting import frames_to_batch, predict
+from mace_lora.upstream.predicting import frames_to_batch, in_parts, predict
 
 BATCH = 64  # frames at once, and
 ATOMS = 2000  # atoms, of which a single frame may have more
@@ -38,7 +37,7 @@ def answers(model: torch.nn.Module, frames: list[Atoms], head: str | None = None
         head: of the model, the last one if None.
     """
     energy, forces = [], []
-    for part in _batches(frames):
+    for part in in_parts(frames, len, ATOMS, BATCH):
         found = predict(model, [frames_to_batch(part, model, head)])
         energy.append(found["energy"].cpu().numpy())
         forces.append(found["forces"].cpu().numpy())
@@ -50,25 +49,6 @@ def atoms_apart(model: torch.nn.Module, frames: list[Atoms], head: str | None = 
     """The sum of the E0s of each frame, eV, (n_frames,); the arguments are those of `answers`."""
     table = e0s(model, head)
     return np.array([sum(table[int(z)] for z in frame.numbers) for frame in frames])
-
-
-def _batches(frames: list[Atoms]) -> Iterator[list[Atoms]]:
-    part: list[Atoms] = []
-    for frame in frames:
-        if part and (len(part) == BATCH or sum(map(len, part)) + len(frame) > ATOMS):
-            yield part
-            part = []
-        part.append(frame)
-    yield part
-
-
-def e0s(model: torch.nn.Module, head: str | None = None) -> dict[int, float]:
-    """E0s (eV) of a head, the last one if None, by atomic number."""
-    row = heads(model).index(head) if head else -1
-    energies = model.get_submodule("atomic_energies_fn").get_buffer("atomic_energies").detach()
-    numbers = atomic_numbers(model)
-    values = energies.reshape(-1, len(numbers))[row]
-    return dict(zip(numbers, values.tolist(), strict=True))
 
 
 def against_start(model: Answers, start: Answers, frames: list[Atoms]) -> dict[str, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import ase
 import numpy as np
@@ -19,6 +21,7 @@ from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.precision import default_dtype
 from mace_lora.upstream.types import Batch, Dataset, Graph
 
+T = TypeVar("T")
 # Outputs that are compared when a merge is proved; a model gives some of them
 OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
 # Largest relative difference between adapted and merged model that is rounding
@@ -95,6 +98,20 @@ def prove_merge(
 def differences_text(found: dict[str, tuple[float, float]]) -> str:
     """`energy 1.2e-12 (relative 3.4e-15), forces ...` of what `largest_difference` found."""
     return ", ".join(f"{k} {a:.1e} (relative {r:.1e})" for k, (a, r) in found.items())
+
+
+def in_parts(
+    frames: Iterable[T], n_atoms: Callable[[T], int], most_atoms: int, most_frames: float = math.inf
+) -> Iterator[list[T]]:
+    """`frames` in their order, so many at once; a single one may have more atoms."""
+    part: list[T] = []
+    for frame in frames:
+        full = sum(map(n_atoms, part)) + n_atoms(frame) > most_atoms or len(part) == most_frames
+        if part and full:
+            yield part
+            part = []
+        part.append(frame)
+    yield part
 
 
 def batch_of(dataset: Dataset, n_frames: int, label: str | None = None) -> list[Batch]:

@@ -12,6 +12,7 @@ import torch
 from ase import Atoms
 
 from mace_lora import load_foundation
+from mace_lora.trust.measures import atoms_apart
 from mace_lora.upstream.predicting import frames_to_batch, predict
 
 HOLDOUT = Path(str(resources.files("mace_lora") / "data" / "mini_holdout.xyz"))
@@ -89,6 +90,4 @@ def forgetting(model: torch.nn.Module) -> dict[str, dict[str, float]]:
 
 def _interaction(energy: np.ndarray, frames: list[Atoms], model: torch.nn.Module) -> np.ndarray:
     """Energies (eV) without the E0s of `model`."""
-    e0s = model.atomic_energies_fn.atomic_energies.reshape(-1).double().tolist()
-    table = dict(zip((int(z) for z in model.atomic_numbers), e0s, strict=True))
-    return energy - np.array([sum(table[z] for z in f.numbers) for f in frames])
+    return energy - atoms_apart(model, frames)

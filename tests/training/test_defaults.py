@@ -96,6 +96,8 @@ def test_a_stress_counts_where_all_that_have_one_are_crystals():
     slab = frame((True, True, False), np.ones((3, 3)))
     assert stresses([crystal, bare, crystal]) == 2
     assert stresses([crystal, slab]) == 0
+    assert stresses([crystal], [slab]) == 0
+    assert stresses([bare], [crystal]) == 0  # there is nothing to train on
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ then stand wrong. The part of the energy error that is linear in the composition
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
@@ -95,22 +96,27 @@ class Solver:
         order = np.random.default_rng(seed).permutation(len(dataset))
         found = (dataset[int(i)] for i in order)
         usable = (g for g in found if has(g, "energy") and int(g["head"]) in heads)
-        self._graphs = [g for g, _ in zip(usable, range(MOST_FRAMES), strict=False)]
-        self._batch_size = batch_size
-        self._active = self._start is not None and bool(self._graphs)
+        graphs = list(itertools.islice(usable, MOST_FRAMES))
+        self._active = self._start is not None and bool(graphs)
+        self._heads = np.array([int(graph["head"]) for graph in graphs])
+        counts = [graph.node_attrs.sum(dim=0).double().numpy() for graph in graphs]
+        self._compositions = np.array(counts)
+        self._batches = [
+            library.batch(graphs[i : i + batch_size]) for i in range(0, len(graphs), batch_size)
+        ]
 
     @torch.no_grad()
     def solve(self, distributed: bool = False) -> None:
         """Move the model's E0s to where the energies of the frames are, at its present weights."""
         if not self._active:
             return
-        heads, compositions, errors = self._errors()
+        errors = self._errors()
         moved = of_model(self._model)
         assert moved is not None
         rows = moved.view(-1, moved.shape[-1])
-        for head in np.unique(heads):
-            own = heads == head
-            change = smallest_change(compositions[own], errors[own])
+        for head in np.unique(self._heads):
+            own = self._heads == head
+            change = smallest_change(self._compositions[own], errors[own])
             rows[min(int(head), len(rows) - 1)] += torch.from_numpy(change).to(rows)
         device = next(self._model.parameters()).device
         put(self._model, processes.of_the_first(moved, device, distributed))
@@ -127,21 +133,17 @@ class Solver:
             for row in change
         ]
         logging.info(
-            f"E0s were solved again at each validation, on {len(self._graphs)} training frames; "
+            f"E0s were solved again at each validation, on {len(self._heads)} training frames; "
             f"they moved by (meV): {'; '.join(text or 'nothing' for text in texts)}"
         )
 
-    def _errors(self) -> tuple[npt.NDArray[np.int64], Array, Array]:
-        """Of the frames: their heads, their compositions, and label minus prediction in eV."""
+    def _errors(self) -> Array:
+        """Label minus prediction of the frames, eV."""
         device = next(self._model.parameters()).device
-        heads, compositions, errors = [], [], []
-        for i in range(0, len(self._graphs), self._batch_size):
-            graphs = self._graphs[i : i + self._batch_size]
-            batch = library.batch(graphs).to(device)
-            with self._computing.active(self._model):
-                output = self._model(batch.to_dict(), training=False, compute_force=False)
-            errors.append((batch.energy.double() - output["energy"].double()).cpu().numpy())
-            for graph in graphs:
-                heads.append(int(graph["head"]))
-                compositions.append(graph.node_attrs.sum(dim=0).double().numpy())
-        return np.array(heads), np.stack(compositions), np.concatenate(errors)
+        errors = []
+        with self._computing.active(self._model):
+            for batch in self._batches:
+                inputs = batch.to(device).to_dict()
+                output = self._model(inputs, training=False, compute_force=False)
+                errors.append((batch.energy.double() - output["energy"].double()).cpu().numpy())
+        return np.concatenate(errors)

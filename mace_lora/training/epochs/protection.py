@@ -42,9 +42,12 @@ AT_ONCE = 16  # anchors that are labelled in one batch
 
 @dataclass(frozen=True)
 class Anchor:
-    """A frame, the start's forces on it (eV/A, (n_atoms, 3)), and the atoms that have a say."""
+    """A frame, the start's energy (eV) of it and forces on it (eV/A, (n_atoms, 3)), and the atoms
+    that have a say.
+    """
 
     graph: Graph
+    energy: torch.Tensor
     forces: torch.Tensor
     counts: torch.Tensor
 
@@ -93,7 +96,7 @@ class Protection:
         self._device = next(model.parameters()).device
         with disable_adapter(model):
             self._anchors = _anchors(model, dataset, seed)
-            self._walls = _walls(model, self._anchors[0])
+            self._walls = _walls(self._anchors[0])
         logging.info(
             "Protected: the start's forces on {} pairs of the elements in the frames, {} other "
             "pairs and {} distorted training frames are kept up to {} eV/A and {:.0%}".format(
@@ -174,13 +177,16 @@ def _clipped(gradients: Gradients, clip: float) -> Gradients:
     return {p: factor * g for p, g in gradients.items()}
 
 
-def _forces(model: torch.nn.Module, graphs: Sequence[Graph]) -> list[torch.Tensor]:
-    """What `model` says of them, eV/A, (n_atoms, 3) each."""
+def _answers(
+    model: torch.nn.Module, graphs: Sequence[Graph]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What `model` says of each: energy, eV, and forces, eV/A, (n_atoms, 3)."""
     if not graphs:
         return []
     parts = [graphs[i : i + AT_ONCE] for i in range(0, len(graphs), AT_ONCE)]
-    forces = predict(model, (library.batch(part) for part in parts))["forces"]
-    return list(torch.split(forces, [len(graph.positions) for graph in graphs]))
+    found = predict(model, (library.batch(part) for part in parts))
+    forces = torch.split(found["forces"], [len(graph.positions) for graph in graphs])
+    return list(zip(found["energy"], forces, strict=True))
 
 
 def _anchors(model: torch.nn.Module, dataset: Dataset, seed: int) -> list[list[Anchor]]:
@@ -204,22 +210,22 @@ def _anchors(model: torch.nn.Module, dataset: Dataset, seed: int) -> list[list[A
         _completed(g, sources[i], model)
         for g, i in zip(frames_to_data(made, model), origins, strict=True)
     ]
-    largest = max(f.norm(dim=-1).max() for f in _forces(model, sources))
+    largest = max(f.norm(dim=-1).max() for _, f in _answers(model, sources))
     beyond = [
-        Anchor(graph, forces, forces.norm(dim=-1) > largest)
-        for graph, forces in zip(distorted, _forces(model, distorted), strict=True)
+        Anchor(graph, energy, forces, forces.norm(dim=-1) > largest)
+        for graph, (energy, forces) in zip(distorted, _answers(model, distorted), strict=True)
     ]
     every = [
         [
-            Anchor(graph, forces, torch.ones_like(forces[:, 0], dtype=torch.bool))
-            for graph, forces in zip(kind, _forces(model, kind), strict=True)
+            Anchor(graph, energy, forces, torch.ones_like(forces[:, 0], dtype=torch.bool))
+            for graph, (energy, forces) in zip(kind, _answers(model, kind), strict=True)
         ]
         for kind in pairs
     ]
     return [*every, [anchor for anchor in beyond if anchor.counts.any()]]
 
 
-def _walls(model: torch.nn.Module, pairs: Sequence[Anchor]) -> list[Wall]:
+def _walls(pairs: Sequence[Anchor]) -> list[Wall]:
     """Of each two elements the pairs among `pairs` that are closer than bonds."""
     groups: dict[tuple[int, ...], list[tuple[float, Anchor]]] = {}
     for anchor in pairs:
@@ -230,8 +236,7 @@ def _walls(model: torch.nn.Module, pairs: Sequence[Anchor]) -> list[Wall]:
     walls = []
     for group in groups.values():
         distances, members = zip(*sorted(group, key=lambda one: one[0]), strict=True)
-        graphs = [member.graph for member in members]
-        energies = predict(model, [library.batch(graphs)])["energy"]
+        energies = torch.stack([member.energy for member in members])
         walls.append(Wall(list(members), energies.new_tensor(distances), energies))
     return walls
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypedDict, cast
 
 import torch
@@ -86,12 +86,15 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         "stage_two": _flags(args, _STAGE_TWO),
         "free": _flags(args, _FREE),
         "data": data,
-        "flags": _flags(argparse.Namespace(**asked), asked),
+        "flags": _plain(asked),
     }
 
 
 def _flags(args: argparse.Namespace, names: Iterable[str]) -> dict[str, object]:
-    values = {name: getattr(args, name, None) for name in names}
+    return _plain({name: getattr(args, name, None) for name in names})
+
+
+def _plain(values: Mapping[str, object]) -> dict[str, object]:
     return {
         k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in values.items()
     }
