@@ -161,7 +161,7 @@ class Data:
         one_by_one = [file for file in files if stored.is_stored("train_file", file)]
         fits = bool(one_by_one) and str(config.E0s).lower() in ("estimated", "average")
         counts = config.atomic_numbers is not None and head_name != _REPLAY
-        parts = self._parts(config, one_by_one) if fits or counts else []
+        parts = self._parts(config, one_by_one) if one_by_one and (fits or counts) else []
         if counts:
             for part in parts:
                 first = next(iter(part), None)

@@ -73,16 +73,13 @@ def stresses(train: Iterable[Configuration], others: Iterable[Configuration] = (
     """How many training frames have a stress; 0 if a frame that has one is no crystal, be it among
     `others`: such a stress depends on what is taken for its volume.
     """
-    having = [
-        [
-            f
-            for f in frames
-            if f.properties.get("stress") is not None and not graphs.is_placeholder(f)
-        ]
-        for frames in (train, others)
-    ]
-    is_crystal = all(all(graphs.periodic_in(f)) for frames in having for f in frames)
-    return len(having[0]) if is_crystal else 0
+    having = [[frame for frame in frames if _has_stress(frame)] for frames in (train, others)]
+    are_crystals = all(all(graphs.periodic_in(frame)) for frames in having for frame in frames)
+    return len(having[0]) if are_crystals else 0
+
+
+def _has_stress(frame: Configuration) -> bool:
+    return frame.properties.get("stress") is not None and not graphs.is_placeholder(frame)
 
 
 def table(chosen: Mapping[str, Choice]) -> str:

@@ -13,22 +13,9 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from helpers.running import LATEST, here, results, same_weights, short_run
+from helpers.running import LATEST, here, results, same_weights
 
 from mace_lora.training.epochs.divergence import EXPLODED
-
-
-@pytest.fixture(scope="module")
-def flags(small_data, foundation) -> list[str]:
-    return short_run(small_data, foundation)
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory, flags) -> Path:
-    """A run of two epochs that ended well."""
-    folder = tmp_path_factory.mktemp("done")
-    assert here(folder, *flags, "--max_num_epochs=2") == ""
-    return folder
 
 
 class FullDisk:

@@ -7,19 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.running import here, same_weights, short_run
-
-
-@pytest.fixture(scope="module")
-def flags(small_data, foundation) -> list[str]:
-    return short_run(small_data, foundation)
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory, flags) -> Path:
-    folder = tmp_path_factory.mktemp("done")
-    assert here(folder, *flags, "--max_num_epochs=2") == ""
-    return folder
+from helpers.running import here, same_weights
 
 
 @pytest.fixture
