@@ -51,6 +51,14 @@ CANDIDATES = {
         ),
         Candidate(
             Method(
+                "lora_fast",
+                "mace-torch's --lora, rank 16, alpha 16, by --adapter=lora",
+                {"adapter": "lora", "lora_rank": 16, "lora_alpha": 16.0, **LORA},
+            ),
+            baseline=True,
+        ),
+        Candidate(
+            Method(
                 "lora_rank16",
                 "lora, all layers, rank 16, alpha 8",
                 {"adapter": "lora", **preset("lora", "max-accuracy"), **OURS},
