@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mace_lora.files import whole_file
 
+PANEL = 520  # pixels: about the width of one panel in our pictures
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff;
@@ -21,11 +22,15 @@ table { border-collapse: collapse; margin: .6rem 0; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; font-variant-numeric: tabular-nums; }
 .name { white-space: nowrap; }
 .number { text-align: right; }
+td.number { white-space: nowrap; }
 th { border-bottom: 1px solid #d5dbe3; font-weight: 600; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; background: #f3f5f8; border-radius: 4px; }
 pre { padding: .7rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { padding: .1rem .3rem; overflow-wrap: anywhere; }
 img { max-width: 100%; }
+@media (max-width: 40rem) {  /* a phone: one panel fills the screen, the others are beside it */
+  img { max-width: none; width: calc(var(--panels) * 92vw); }
+}
 ul { padding-left: 1.2rem; }
 """
 
@@ -76,11 +81,14 @@ class Page:
         self._parts.append(f"<div><table>{rows}</table></div>")
 
     def picture(self, path: Path, alt: str) -> None:
-        """A PNG, embedded; nothing where the file is missing."""
+        """A PNG of panels side by side, embedded; nothing where the file is missing."""
         if path.exists():
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            source = f"data:image/png;base64,{data}"
-            self._parts.append(f'<img alt="{escape(alt)}" src="{source}">')
+            png = path.read_bytes()
+            panels = max(1, round(int.from_bytes(png[16:20], "big") / PANEL))  # of its width
+            source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+            self._parts.append(
+                f'<div><img style="--panels: {panels}" alt="{escape(alt)}" src="{source}"></div>'
+            )
 
     def write(self, path: Path) -> None:
         """Write the page whole or not at all."""

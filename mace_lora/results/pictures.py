@@ -62,10 +62,10 @@ def _panel(
     thin = np.random.default_rng(0).permutation(truth.size)[:MOST_POINTS]
     for name, values in predictions.items():
         found = getattr(values, quantity)[known]
-        mae = 1e3 * np.abs(found - truth).mean()
-        label = f"{name}: MAE {mae:.3g}" if mae < 1000 else f"{name}: MAE {mae:,.0f}"
+        rmse = 1e3 * np.sqrt(((found - truth) ** 2).mean())
+        label = f"{name}: RMSE {rmse:.3g}" if rmse < 1000 else f"{name}: RMSE {rmse:,.0f}"
         label += f" {UNITS[quantity]}"
-        if quantity != "energy" or mae <= FAR:
+        if quantity != "energy" or rmse <= FAR:
             low, high = min(low, found.min() - origin), max(high, found.max() - origin)
         else:
             label += " (outside)"

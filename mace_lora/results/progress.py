@@ -104,6 +104,10 @@ def _log_lines_above_the_bar() -> Iterator[None]:
         root.handlers[:] = before
 
 
+# Epoch, None before training, and its errors
+Row = tuple[int | None, dict[str, float]]
+
+
 @dataclass
 class History:
     """Validation errors by epoch; epoch None is the model before training."""
@@ -123,7 +127,7 @@ class History:
 
     def changes(self, head: str) -> list[tuple[str, str, float, float]]:
         """Quantity, unit, validation error before training and at the epoch of the lowest loss."""
-        return self.beside(head, self._ends(head)[0])
+        return self.beside(head, self._ends(head)[0][1])
 
     def summary(self) -> str:
         """Validation errors before training and at the epoch of the lowest loss, per head."""
@@ -141,7 +145,7 @@ class History:
         if not any(epoch is None and "loss" in metrics for epoch, _, metrics in self.rows):
             return True
         ends = [self._ends(head) for head in self.heads()]
-        return any(best["loss"] < (1 - 1e-6) * before["loss"] for before, best in ends)
+        return any(best["loss"] < (1 - 1e-6) * before["loss"] for (_, before), (_, best) in ends)
 
     def losses(self, head: str) -> list[float]:
         """The validation losses of the epochs that were judged."""
@@ -153,19 +157,19 @@ class History:
         Args:
             other: errors of another set, as mace-torch calls them, eV and A.
         """
-        _, best = self._ends(head)
+        _, (_, best) = self._ends(head)
         return [
             (label, unit, 1e3 * other[key], 1e3 * best[key])
             for key, label, unit in _CURVES
             if key in other and key in best
         ]
 
-    def _ends(self, head: str) -> tuple[dict[str, float], dict[str, float]]:
-        """The errors before training, and those at the lowest loss: of the model that is kept."""
-        mine = [(e, m) for e, h, m in self.rows if h == head]
-        before = next((m for e, m in mine if e is None), mine[0][1])
-        trained = [m for e, m in mine if e is not None] or [before]
-        return before, min(trained, key=lambda m: m.get("loss", float("inf")))
+    def _ends(self, head: str) -> tuple[Row, Row]:
+        """The epoch and errors before training, and those of the lowest loss, which are kept."""
+        mine: list[Row] = [(e, m) for e, h, m in self.rows if h == head]
+        before = next(((e, m) for e, m in mine if e is None), mine[0])
+        trained = [row for row in mine if row[0] is not None] or [before]
+        return before, min(trained, key=lambda row: row[1].get("loss", float("inf")))
 
     def plot(self, path: Path, title: str = "") -> None:
         """Errors on the validation set against the epoch, as a PNG."""
@@ -181,14 +185,14 @@ class History:
             axes = figure.add_subplot(1, len(panels), i + 1)
             for head in heads:
                 points = [
-                    (0 if e is None else e + 1, 1e3 * m[key])
-                    for e, h, m in self.rows
-                    if h == head and key in m
+                    (_trained(e), 1e3 * m[key]) for e, h, m in self.rows if h == head and key in m
                 ]
                 (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
-                before, best = (1e3 * m[key] for m in self._ends(head))
+                (_, before), (epoch, best) = self._ends(head)
                 name = f"{head}: " if len(heads) > 1 else ""
-                line.set_label(f"{name}{before:.1f} → {best:.1f}")
+                at = _trained(epoch)
+                line.set_label(f"{name}{1e3 * before[key]:.1f} → {1e3 * best[key]:.1f}, epoch {at}")
+                axes.plot(at, 1e3 * best[key], "*", color=line.get_color(), markersize=13)
             axes.set(xlabel="epochs trained", ylabel=f"validation {label} ({unit})", yscale="log")
             for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 axis(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -199,3 +203,8 @@ class History:
         figure.suptitle(title)
         with whole_file(path) as temporary:
             figure.savefig(temporary, dpi=130, format="png")
+
+
+def _trained(epoch: int | None) -> int:
+    """How many epochs had been trained when the errors of `epoch` were computed."""
+    return 0 if epoch is None else epoch + 1

@@ -14,24 +14,14 @@ import torch
 from ase.data import chemical_symbols
 
 from mace_lora.config import AdapterConfig
-from mace_lora.frames.keys import DEFAULTS
-from mace_lora.frames.units import Units
 from mace_lora.model import artefact
 from mace_lora.model.description import describe
 from mace_lora.model.report import InjectionReport
-from mace_lora.results.evaluation import UNITS, Errors, errors, predict_values
-from mace_lora.results.labelled import LabelledFrames, Values, frames_of, read_frames, with_inputs
+from mace_lora.results.compared import MOST_FRAMES, Compared, before_after, table
+from mace_lora.results.evaluation import UNITS, Errors
 from mace_lora.results.page import Page
 from mace_lora.results.pictures import parity
-from mace_lora.results.progress import History
-from mace_lora.upstream import known, predicting
-from mace_lora.upstream.inputs import inputs_of
-from mace_lora.upstream.types import Dataset
-
-# Frames with what each model, by name, predicts for them
-Sets = list[tuple[LabelledFrames, dict[str, Values]]]
-# More frames than this of one set are not predicted again for the page
-MOST_FRAMES = 500
+from mace_lora.upstream import known
 
 
 def write(
@@ -40,13 +30,11 @@ def write(
     n_training: int,
     config: AdapterConfig,
     injected: InjectionReport,
-    history: History,
     model: torch.nn.Module,
-    valid_sets: dict[str, Dataset],
+    sets: Sequence[Compared],
     files: Callable[[], dict[str, str]],
     trust: Sequence[str],
     judged: Sequence[str],
-    units: Units,
 ) -> Path:
     """Write `<name>_parity.png` and `<name>_report.html`; the path of the page.
 
@@ -56,29 +44,24 @@ def write(
         n_training: number of training frames.
         config: the adapter.
         injected: what was adapted, and the counts.
-        history: validation errors by epoch.
         model: the merged model of the last stage.
-        valid_sets: validation data sets by head.
+        sets: frames with predictions before and after.
         files: gives what the run left, and what each is.
         trust: verdicts on what the model does away from the training frames.
         judged: the verdict on the run.
-        units: of the labels in the files.
     """
-    folder, name, batch_size = Path(args.model_dir), args.name, args.valid_batch_size
-    sets = [
-        (frames, {name: predict_values(model, frames, [head] * len(frames.atoms), batch_size)})
-        for head, frames in _labelled(args, model, valid_sets, units)
-    ]
+    folder, name = Path(args.model_dir), args.name
     picture, path = folder / f"{name}_parity.png", folder / f"{name}_report.html"
     if sets:
-        parity(sets, picture, title=f"{name}: predictions of the merged model")
+        shown = [(part.frames, {name: part.after}) for part in sets]
+        parity(shown, picture, title=f"{name}: predictions of the merged model")
     page = Page(
         name,
         f"{args.foundation_model} fine-tuned with {config.method} on {date.today()}; {_versions()}",
     )
     page.section("Verdict")
     page.points(judged)
-    _results(page, args, history, sets, name)
+    _results(page, sets)
     page.picture(folder / f"{name}_learning_curve.png", "validation errors by epoch")
     page.picture(picture, "predictions against labels")
     page.section("Away from the training frames")
@@ -95,64 +78,43 @@ def _versions() -> str:
     return ", ".join(f"{name} {version}" for name, version in artefact.versions().items())
 
 
-def _labelled(
-    args: argparse.Namespace,
-    model: torch.nn.Module,
-    valid_sets: dict[str, Dataset],
-    units: Units,
-) -> list[tuple[str, LabelledFrames]]:
-    """Validation and test frames, some of them where there are many, each with its head."""
-    found = []
-    for head, dataset in valid_sets.items():
-        atoms = predicting.atoms_of(dataset, model, MOST_FRAMES)
-        label = "validation" if len(valid_sets) == 1 else f"validation, {head}"
-        if atoms:
-            found.append((head, frames_of(atoms, label)))
-    if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
-        asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
-        factors = units.factors(args.test_file)
-        test = read_frames(args.test_file, asked, most=MOST_FRAMES, factors=factors)
-        found.append((list(valid_sets)[-1], test))
-    return [(head, with_inputs(frames, inputs_of(model))) for head, frames in found]
-
-
-def _results(page: Page, args: argparse.Namespace, history: History, sets: Sets, name: str) -> None:
+def _results(page: Page, sets: Sequence[Compared]) -> None:
     page.section("Results")
-    changes = [
-        [*([head] if len(history.heads()) > 1 else []), f"{label}, {unit}", *_two(before, best)]
-        for head in history.heads()
-        for label, unit, before, best in history.changes(head)
+    if not sets:
+        return
+    heading, rows = table(sets)
+    page.table([*heading[:2], *(f"{text}, before → after" for text in heading[2:])], rows)
+    detailed = [
+        [
+            part.name,
+            _label(after),
+            str(after.count),
+            *(before_after(before, after, q) for q in UNITS),
+        ]
+        for part in sets
+        for before, after in part.rows()[1:]
     ]
-    if changes:
-        named = len(changes[0]) - 2
-        page.table([*([""] * (named - 1)), "validation", "before", "after"], changes, left=named)
-    rows = []
-    for frames, predictions in sets:
-        for row in errors(frames, predictions[name]):
-            rows.append([frames.name, _label(row), row.count, *_cells(row)])
-    units = [f"{q} {kind}, {UNITS[q]}" for q in UNITS for kind in ("MAE", "RMSE")]
-    used = [i for i in range(len(units)) if any(row[3 + i] for row in rows)]
-    page.table(
-        ["set", "", "frames or atoms", *(units[i] for i in used)],
-        [[*row[:3], *(row[3 + i] for i in used)] for row in rows],
-        left=2,
-    )
-
-
-def _two(*values: float) -> list[str]:
-    return [f"{value:.1f}" for value in values]
+    used = [i for i in range(len(UNITS)) if any(row[3 + i] for row in detailed)]
+    if used:
+        named = [f"{q}, {u}" for q, u in UNITS.items()]
+        page.text("By configuration type and by element, RMSE before → after:")
+        page.table(
+            ["set", "", "frames or atoms", *(named[i] for i in used)],
+            [[*row[:3], *(row[3 + i] for i in used)] for row in detailed],
+            left=2,
+        )
 
 
 def _label(row: Errors) -> str:
     return {"all": "all", "group": row.name, "element": f"atoms of {row.name}"}[row.part]
 
 
-def _cells(row: Errors) -> list[str]:
-    return [f"{k[q]:.2f}" if q in k else "" for q in UNITS for k in (row.mae, row.rmse)]
-
-
 def _data(
-    page: Page, args: argparse.Namespace, n_training: int, model: torch.nn.Module, sets: Sets
+    page: Page,
+    args: argparse.Namespace,
+    n_training: int,
+    model: torch.nn.Module,
+    sets: Sequence[Compared],
 ) -> None:
     page.section("Data")
     facts = {"training": f"{args.train_file} ({n_training} frames)"}
@@ -166,7 +128,7 @@ def _data(
         pairs = zip(description["atomic_numbers"], row, strict=True)
         facts[f"E0s (eV), {head}"] = ", ".join(f"{chemical_symbols[z]} {e:.4f}" for z, e in pairs)
     page.facts(facts)
-    shown = sum(len(frames.atoms) for frames, _ in sets)
+    shown = sum(len(part.frames.atoms) for part in sets)
     page.text(f"Errors and pictures are of {shown} frames, at most {MOST_FRAMES} of each set.")
 
 

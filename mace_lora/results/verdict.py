@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mace_lora.results.compared import VALIDATION, Compared, before_after
+from mace_lora.results.evaluation import UNITS
 from mace_lora.results.progress import History
 
 FEW_FRAMES = 10  # of validation
 OVERFITTED = 2.0  # validation errors, as a multiple of those of training
 WORSE = 1.02  # errors, as a multiple of those before training
 IMPROVING = 1.1  # errors when three quarters are done, as a multiple of those at the end
+OFFSET, MOSTLY = 2.0, 0.8  # meV per atom, and share of the RMSE, from which an offset is told
+_LABELS = {"energy": "energy RMSE", "forces": "force RMSE", "stress": "stress RMSE"}
 _WEIGHTS = {"energy": "energy_weight", "force": "forces_weight", "stress": "stress_weight"}
 
 # Errors of one set by quantity, as mace-torch calls them
@@ -37,6 +41,7 @@ def judge(
     training: Mapping[str, Errors],
     n_validation: Mapping[str, int],
     flags: Mapping[str, object],
+    sets: Sequence[Compared] = (),
 ) -> Verdict:
     """
     Args:
@@ -44,10 +49,14 @@ def judge(
         training: errors on the training frames at the end, by head; what is missing isn't judged.
         n_validation: frames, by head.
         flags: of the run.
+        sets: frames with predictions before and after.
     """
     change: dict[str, object] = {}
     named = {head: f" ({head})" if len(history.heads()) > 1 else "" for head in history.heads()}
     bad = [text for h, where in named.items() for text in _worse(history, h, where, flags, change)]
+    known = {label for head in named for label, *_ in history.changes(head)}
+    trained = [q for q, label in _LABELS.items() if label in known]
+    bad += _worse_elsewhere(sets, trained)
     if not bad and not history.has_learnt():
         bad.append(
             "the validation loss never fell below that of the foundation model: train longer, or "
@@ -59,6 +68,7 @@ def judge(
         told += _improving(history, head, where, flags, change)
         if 0 < (n := n_validation.get(head, 0)) < FEW_FRAMES:
             told.append(f"a validation of {n} frames says little{where}")
+    told += _offsets(sets)
     return Verdict(tuple(bad), tuple(told), change)
 
 
@@ -75,6 +85,35 @@ def _worse(
             change[weight] = 10.0 * value
             advice = f": raise --{weight} (it was {value:g})"
         found.append(f"{label} got worse, {before:.1f} -> {after:.1f} {unit}{where}{advice}")
+    return found
+
+
+def _worse_elsewhere(sets: Sequence[Compared], trained: Sequence[str]) -> list[str]:
+    """Of frames that the best epoch was not chosen by, where validation says all is well."""
+    found = []
+    for part in sets:
+        before, after = part.rows()[0]
+        found += [
+            f"{quantity} of {part.name} got worse, {before_after(before, after, quantity)} "
+            f"{UNITS[quantity]}"
+            for quantity in trained
+            if not part.name.startswith(VALIDATION)
+            and quantity in after.rmse
+            and after.rmse[quantity] > WORSE * before.rmse[quantity]
+        ]
+    return found
+
+
+def _offsets(sets: Sequence[Compared]) -> list[str]:
+    found = []
+    for part in sets:
+        mean, rmse = part.offset()
+        if abs(mean) > max(OFFSET, MOSTLY * rmse):
+            found.append(
+                f"energies of {part.name} are off by a constant, {mean:+.1f} of "
+                f"{rmse:.1f} meV/atom: forces don't feel it, differences between unlike "
+                "compositions do; is the theory the same, and are the E0s?"
+            )
     return found
 
 

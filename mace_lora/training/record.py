@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -96,17 +97,21 @@ class Run:
         evaluated: the data sets of mace-torch's tables at the end, with their errors.
         estimated: the heads whose E0s were estimated, by none but the foundation model's answers.
         foundation: the foundation model as it was loaded, with all its heads and elements.
+        unadapted: the model of the start, a copy, plain layers with the E0s of the start.
         injected: says what the adapter changes in the model.
+        began: when, of `time.monotonic`.
     """
 
     foundation: torch.nn.Module
     started: Started
+    unadapted: torch.nn.Module
     injected: InjectionReport
     trained: Trained
     saved: Saved
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
+        self.began = time.monotonic()
         self.files: list[str] = []
         self.evaluated: list[tuple[Dataset, Mapping[str, float]]] = []
         self.estimated: set[str] = set()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from mace_lora.frames.units import Units
 from mace_lora.results import run_page, verdict
+from mace_lora.results.compared import Compared, as_text, compare
 from mace_lora.training import defaults
 from mace_lora.training.files.saving import files_left
 from mace_lora.training.record import Run
@@ -24,11 +26,13 @@ def write(run: Run) -> None:
         return
     judged: list[str] = []
     if run.trained.history:
-        judged = _judge(run)
-        _log_errors(run)
+        sets = _compare(run) if hasattr(run, "saved") else []
+        judged = _judge(run, sets)
+        _log_errors(run, sets)
     if hasattr(run, "saved"):
         _write_settings(run)
-        _write_page(run, judged)
+        _write_page(run, sets if run.trained.history else [], judged)
+    logging.info(f"Wall time: {_spelt(time.monotonic() - run.began)}")
     for file, meaning in files_left(run).items():
         logging.info(f"  {file}: {meaning}")
     if hasattr(run, "saved") and run.saved.lost is not None:
@@ -36,32 +40,54 @@ def write(run: Run) -> None:
     logging.info("Done")
 
 
-def _judge(run: Run) -> list[str]:
+def _compare(run: Run) -> list[Compared]:
+    units = Units.parse(run.asked.options.units)
+    model, trained = run.saved.model, run.trained
+    start = run.unadapted.to(next(model.parameters()))
+    try:
+        return compare(run.asked.args, start, model, trained.train_sets, trained.valid_sets, units)
+    except Exception as error:  # the models are saved, and tables are no reason to fail
+        logging.warning(f"no errors before and after: {type(error).__name__}: {error}")
+        return []
+
+
+def _judge(run: Run, sets: list[Compared]) -> list[str]:
     """The verdict, told in the log; the same for the page."""
     trained, args = run.trained, run.asked.args
-    sets = {id(dataset): errors for dataset, errors in run.evaluated}
+    evaluated = {id(dataset): errors for dataset, errors in run.evaluated}
     found = verdict.judge(
         trained.history,
-        {head: sets.get(id(part), {}) for head, part in trained.train_sets.items()},
+        {head: evaluated.get(id(part), {}) for head, part in trained.train_sets.items()},
         {head: len(part) for head, part in trained.valid_sets.items()},
         vars(args),
+        sets,
     )
-    for sentence in found.bad:
-        logging.warning(_ascii(sentence[0].upper() + sentence[1:]))
     following = verdict.command(found, args.name, str(Path(args.model_dir) / f"{args.name}.yaml"))
-    for sentence in (*found.told, *([f"to try next: {following}"] if following else [])):
-        logging.info(_ascii(sentence[0].upper() + sentence[1:]))
-    return verdict.lines(found, following)
+    judged = verdict.lines(found, following)
+    for i, sentence in enumerate(judged):
+        tell = logging.warning if i < len(found.bad) else logging.info
+        tell(_ascii(sentence[0].upper() + sentence[1:]))
+    return judged
 
 
-def _ascii(text: str) -> str:
-    return text.replace("Å", "A").replace("³", "^3")
+def _ascii(text: str) -> str:  # a log may be
+    return text.replace("Å", "A").replace("³", "^3").replace("→", "->")
 
 
-def _log_errors(run: Run) -> None:
-    history = run.trained.history
-    errors = _ascii(history.summary())  # the log may be
-    logging.info(f"Validation, before -> after: {errors}")
+def _log_errors(run: Run, sets: list[Compared]) -> None:
+    if sets:
+        logging.info(f"Before -> after training:\n{_ascii(as_text(sets))}")
+    else:
+        logging.info(f"Validation, before -> after: {_ascii(run.trained.history.summary())}")
+
+
+def _spelt(seconds: float) -> str:
+    """`1 h 2 min`, `3 min 5 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _trust(run: Run) -> list[str]:
@@ -84,7 +110,7 @@ def _write_settings(run: Run) -> None:
         logging.warning(f"no file of settings: {error}")
 
 
-def _write_page(run: Run, judged: list[str]) -> None:
+def _write_page(run: Run, sets: list[Compared], judged: list[str]) -> None:
     try:
         run_page.write(
             run.asked.args,
@@ -92,13 +118,11 @@ def _write_page(run: Run, judged: list[str]) -> None:
             run.trained.n_frames,
             run.asked.config,
             run.injected,
-            run.trained.history,
             run.saved.model,
-            run.trained.valid_sets,
+            sets,
             lambda: files_left(run),
             _trust(run),
             judged,
-            Units.parse(run.asked.options.units),
         )
     except Exception as error:  # the models are saved, and a page is no reason to fail
         logging.warning(f"no report: {type(error).__name__}: {error}")

@@ -109,7 +109,7 @@ def test_the_log_says_what_happened(run):
     )
 
 
-def test_the_page_for_people(run):
+def test_the_page_for_people(run, foundation, small_data):
     """Well-formed, complete in one file, with the numbers of the log and of the model."""
     folder, log = run
     text = (folder / "run_report.html").read_text()
@@ -123,15 +123,16 @@ def test_the_page_for_people(run):
         assert base64.b64decode(data) == (folder / f"run_{name}.png").read_bytes()
     trainable = re.search(r"Trainable parameters: [\d,]+ before, ([\d,]+) after", log)[1]
     assert f"{trainable} after injecting lora" in text
-    before_and_after = re.search(r"Validation, before -> after: (.*)", log)[1]
-    pairs = re.findall(r"([\d.]+) -> ([\d.]+)", before_and_after)
+    row = re.search(r"\| validation +\| +5 \| (.*) \|", log)[1]
+    pairs = [(b, a) for b, a in re.findall(r"([\d.]+) -> ([\d.]+)", row)]
     assert len(pairs) == 2
     for before, after in pairs:
-        assert f"<td class=number>{before}</td><td class=number>{after}</td>" in text
-    model, labels = load(folder / "run.model"), ase.io.read(FRAMES, index=":5")
+        assert f"<td class=number>{before} → {after}</td>" in text
+    labels = ase.io.read(small_data["valid"], index=":")
     truth = np.concatenate([a.arrays["REF_forces"] for a in labels])
-    error = 1e3 * np.abs(outputs(model, labels)["forces"].numpy() - truth).mean()
-    assert f"<td class=number>{error:.2f}</td>" in text
+    for path, shown in zip((foundation, folder / "run.model"), pairs[1], strict=True):
+        error = outputs(load(path), labels)["forces"].numpy() - truth
+        assert float(shown) == pytest.approx(1e3 * np.sqrt((error**2).mean()), abs=0.06)
     for words in ("(10 frames)", "H, C, O", "run_adapter", "run_report.html", "foundation_model"):
         assert words in text
     assert f"mace-torch {metadata.version('mace-torch')}" in text
