@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import mace_lora
 from mace_lora import commands
 from mace_lora.commands import COMMANDS, TRAIN
-from mace_lora.errors import MaceLoraError, did_you_mean
+from mace_lora.errors import Diverged, MaceLoraError, did_you_mean
 from mace_lora.printing import printable, say
 from mace_lora.training.arguments import build_parser, check_files, parse
 
@@ -38,6 +38,9 @@ def _door() -> Iterator[None]:
             yield
         finally:
             say("", end="")  # argparse prints help without looking whether anybody reads it
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except MaceLoraError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -53,6 +53,8 @@ class MergeMismatch(MaceLoraError, RuntimeError):
 class Diverged(MaceLoraError, RuntimeError):
     """The loss is no longer a number."""
 
+    exit_code = 3  # of the command, for programs that try settings; other errors give 1
+
 
 class UnsupportedUpstream(MaceLoraError, RuntimeError):
     """The installed mace-torch is not one that this package knows how to host."""

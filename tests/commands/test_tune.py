@@ -14,7 +14,7 @@ from helpers.running import tool_fails, tool_prints
 from mace_lora.commands.tune import would_more_help
 from mace_lora.tuning import search
 from mace_lora.tuning.search import Candidate, Search, Tried
-from mace_lora.tuning.trials import Outcome
+from mace_lora.tuning.trials import Outcome, train
 
 
 def outcome(score: float) -> Outcome:
@@ -46,6 +46,13 @@ def test_the_best_third_is_trained_longer_and_the_best_of_those_wins(tmp_path, m
     found = runs.halve([Candidate(name, {"adapter": name}) for name in early])
     assert found[-1].candidate.name == "c1"
     assert [name for name, epochs in made if epochs == 120] == ["c0", "c1", "c2"]
+
+
+def test_a_run_that_diverges_is_a_bad_candidate_and_no_failure(tmp_path, small_data):
+    flags = {"foundation_model": "mini", "adapter": "lora", "protect": False, "E0s": "average"}
+    files = {f"{part}_file": small_data[part] for part in ("train", "valid")}
+    found = train(tmp_path, {**flags, **files, "lr": 1e9, "clip_grad": 1e9, "max_num_epochs": 20})
+    assert found.score == math.inf
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from mace_lora import cli
+from mace_lora.errors import Diverged
 
 LATEST = "checkpoints/run_run-1_latest.pt"
 
@@ -51,6 +52,8 @@ def here(folder: Path, *flags: str) -> str:
     try:
         cli.main(settled(flags))
     except SystemExit as stop:
+        if isinstance(stop.__context__, Diverged):  # has an exit code of its own
+            return f"error: {stop.__context__}"
         return str(stop.code)
     finally:
         os.chdir(before)

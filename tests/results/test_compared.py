@@ -6,12 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.frames import ethanol
 
 from mace_lora.results.compared import Compared, as_text, table
 from mace_lora.results.labelled import LabelledFrames, Values
+from mace_lora.results.progress import History
 from mace_lora.results.verdict import judge
-from tests.helpers.frames import ethanol
-from tests.results.test_verdict import FLAGS, history
+
+FLAGS = {"max_num_epochs": 20}
+
+
+@pytest.fixture
+def run() -> History:
+    """Energies and forces of validation frames got better."""
+    made = History()
+    for epoch, loss in ((None, 1.0), (0, 0.5)):
+        made.add(epoch, "Default", {"rmse_e_per_atom": loss, "rmse_f": loss, "loss": loss})
+    return made
 
 
 @pytest.fixture
@@ -46,9 +57,8 @@ def test_parts_are_configuration_types_and_elements(frames):
     assert {"H", "C", "O"} <= set(found)
 
 
-def test_an_offset_of_energies_is_told(frames):
+def test_an_offset_of_energies_is_told(run, frames):
     good = off(frames.labels, 0.0, 0.1)
-    run = history([9, 5], [300, 100])
     for name in ("test.xyz", "validation"):
         part = Compared(name, frames, off(frames.labels, 0.1, 0.3), off(good, -0.02, 0))
         told = judge(run, {}, {"Default": 50}, FLAGS, [part]).told
@@ -56,8 +66,7 @@ def test_an_offset_of_energies_is_told(frames):
     assert not judge(run, {}, {"Default": 50}, FLAGS, [replace(part, after=good)]).told
 
 
-def test_a_test_set_that_got_worse_is_bad_news(frames):
-    run = history([9, 5], [300, 100])
+def test_a_test_set_that_got_worse_is_bad_news(run, frames):
     part = Compared("t", frames, off(frames.labels, 0, 0.1), off(frames.labels, 0, 0.4))
     bad = judge(run, {}, {"Default": 50}, FLAGS, [part]).bad
     assert bad == ("forces of t got worse, 100.0 → 400.0 meV/Å",)
