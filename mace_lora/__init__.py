@@ -3,7 +3,7 @@
 Start:    load_foundation, AdapterConfig.create, inject (gives an InjectionReport)
 Train:    adapter_parameters, print_trainable_parameters
 Files:    save_adapter, load_adapter
-Switch:   set_adapter, disable_adapter, unload
+Switch:   add_adapter, set_adapter, active_adapters, delete_adapter, disable_adapter, unload
 Weights:  merge, unmerge, combine_adapters, extract
 Simulate: MaceLoraCalculator, an ASE calculator
 mace-torch's names: inject_lora, merge_lora_weights
@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # for editors and mypy, which read this and run nothing
     from mace_lora.api.files import save_adapter as save_adapter
     from mace_lora.api.mace_torch import inject_lora as inject_lora
     from mace_lora.api.mace_torch import merge_lora_weights as merge_lora_weights
+    from mace_lora.api.named import active_adapters as active_adapters
+    from mace_lora.api.named import add_adapter as add_adapter
+    from mace_lora.api.named import delete_adapter as delete_adapter
     from mace_lora.api.switching import combine_adapters as combine_adapters
     from mace_lora.api.switching import print_trainable_parameters as print_trainable_parameters
     from mace_lora.api.switching import set_adapter as set_adapter
@@ -52,8 +55,11 @@ _EXPORTS = {
     "InjectionReport": "mace_lora.model.report",
     "MaceLoraCalculator": "mace_lora.api.calculator",
     "MaceLoraError": "mace_lora.errors",
+    "active_adapters": "mace_lora.api.named",
     "adapter_parameters": "mace_lora.model.injection",
+    "add_adapter": "mace_lora.api.named",
     "combine_adapters": "mace_lora.api.switching",
+    "delete_adapter": "mace_lora.api.named",
     "disable_adapter": "mace_lora.model.injection",
     "extract": "mace_lora.api.extraction",
     "inject": "mace_lora.model.injection",
