@@ -97,6 +97,7 @@ class Run:
         estimated: the heads whose E0s were estimated, by none but the foundation model's answers.
         foundation: the foundation model as it was loaded, with all its heads and elements.
         injected: says what the adapter changes in the model.
+        judged: the verdict, a sentence each.
     """
 
     foundation: torch.nn.Module
@@ -104,6 +105,7 @@ class Run:
     injected: InjectionReport
     trained: Trained
     saved: Saved
+    judged: list[str]
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked

@@ -24,7 +24,7 @@ def write(run: Run) -> None:
         return
     judged: list[str] = []
     if run.trained.history:
-        judged = _judge(run)
+        judged = run.judged = _judge(run)
         _log_errors(run)
     if hasattr(run, "saved"):
         _write_settings(run)
@@ -89,6 +89,7 @@ def _write_page(run: Run, judged: list[str]) -> None:
         run_page.write(
             run.asked.args,
             run.asked.given,
+            run.asked.options.argv,
             run.trained.n_frames,
             run.asked.config,
             run.injected,
