@@ -21,7 +21,7 @@ from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.api.command import call, in_python
 from mace_lora.api.result import Result
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import ConfigError, closest
+from mace_lora.errors import ConfigError, FoundationModelError, closest
 from mace_lora.files import whole_file
 from mace_lora.frames import attached
 from mace_lora.frames.keys import DEFAULTS
@@ -103,7 +103,8 @@ def finetune(
         units: of the labels, such as `energy=Hartree,forces=Hartree/Bohr`.
         overwrite: begin anew, and replace what another run left in `folder` under this name.
         options: any other flag of the command by its name (`ema=False`, `E0s={1: -13.6}`, ...),
-            and the options of the method (`rank=8`, `alpha=8`, `targets=("all",)`).
+            and the options of the method (`rank=8`, `alpha=8`, `targets=("all",)`), which win
+            where a flag has the same name (`gate` of `mmea`).
 
     Returns:
         Model, adapter, errors, verdict and files.
@@ -289,5 +290,10 @@ def _base(base: str | Path | torch.nn.Module, path: Path) -> str:
         with whole_file(path) as new:
             torch.save(base, new)
         return str(path)
+    if not isinstance(base, (str, Path)):
+        raise FoundationModelError(
+            f"base: a name (mini, medium_off, ...), a .model file or a model is needed, found "
+            f"{type(base).__name__}"
+        )
     there = Path(base).expanduser()
     return str(there.absolute()) if there.exists() else str(base)

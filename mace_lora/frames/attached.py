@@ -43,12 +43,18 @@ def labelled(
         if not isinstance(atoms, ase.Atoms):
             raise DataError(f"{called}[{i}]: an ase.Atoms is needed, found {type(atoms).__name__}")
         copy = atoms.copy()
-        if atoms.calc is not None and not any(k in atoms.info or k in atoms.arrays for k in own):
+        if atoms.calc is not None and _counts(atoms, own):
             results = _results(atoms, f"{called}[{i}]")
             copy.calc = SinglePointCalculator(copy, **results)
         copies.append(copy)
     found = keys.find(called, copies, names).names
     return [_under(frame, found, names, f"{called}[{i}]") for i, frame in enumerate(copies)]
+
+
+def _counts(atoms: ase.Atoms, keys: list[str]) -> bool:
+    """Whether labels are to be looked for in the calculator: not beside labels of other names."""
+    lacking = [key for key in keys if key not in atoms.info and key not in atoms.arrays]
+    return len(lacking) == len(keys) or any(key in all_properties for key in lacking)
 
 
 def _several(frames: object, called: str) -> Iterable[object]:
