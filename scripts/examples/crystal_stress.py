@@ -3,7 +3,8 @@
     python scripts/examples/crystal_stress.py --max_num_epochs 2
 
 The labels here come from a Lennard-Jonesium, so that the program needs no data; yours come from
-your own calculations. A stress is trained where the frames have one.
+your own calculations. A stress is trained where the frames have one. The run remarks that E0s are
+wrong: such atoms have no energies of real ones.
 """
 
 import argparse
@@ -27,7 +28,7 @@ rng = np.random.default_rng(0)
 unit = ase.Atoms("C2", [[0, 0, 0], [0.89, 0.89, 0.89]], cell=1.78 * (1 - np.eye(3)), pbc=True)
 frames = []
 for _ in range(options.frames):
-    atoms = unit.repeat(2)
+    atoms = unit.repeat((2, 1, 1))
     strain = np.eye(3) + 0.02 * rng.normal(size=(3, 3))
     atoms.set_cell(atoms.cell @ (strain + strain.T) / 2, scale_atoms=True)
     atoms.positions += 0.05 * rng.normal(size=(len(atoms), 3))

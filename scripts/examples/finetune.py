@@ -28,6 +28,6 @@ result.save("my_model")  # models, adapter, page, pictures
 
 atoms = frames[0]
 atoms.calc = result.calculator()
-dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs)
+dynamics = Langevin(atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs, fixcm=False)
 dynamics.run(20)
 print(f"after 10 fs: {atoms.get_potential_energy():.3f} eV, {atoms.get_temperature():.0f} K")
