@@ -6,7 +6,6 @@ Whatever can be said of a command line without torch is said before torch is imp
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,24 +13,16 @@ import mace_lora
 from mace_lora import commands
 from mace_lora.commands import COMMANDS, TRAIN
 from mace_lora.errors import Diverged, MaceLoraError, did_you_mean
-from mace_lora.printing import printable, say
+from mace_lora.printing import ignore_warnings, printable, say
 from mace_lora.training.arguments import build_parser, check_files, parse
 
 __all__ = ["build_parser", "main", "main_tools", "parse"]
-
-_QUIET = (  # warnings that every run gives and that nobody can act on
-    "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # set by mace-torch itself
-    "The TorchScript type system doesn't support instance-level",  # e3nn
-    "'torch.load' received a zip file that looks like a TorchScript archive",
-    "'pin_memory' argument is set as true",  # mace-torch's default, harmless without a GPU
-)
 
 
 @contextmanager
 def _door() -> Iterator[None]:
     """Errors for people leave as a line on stderr and exit code 1, without a traceback."""
-    for message in _QUIET:
-        warnings.filterwarnings("ignore", message=message)
+    ignore_warnings()
     printable()
     try:
         try:

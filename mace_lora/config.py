@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mace_lora.adapters.options import AdapterOptions
-from mace_lora.adapters.registry import options_of
+from mace_lora.adapters.registry import METHODS, options_of
 from mace_lora.errors import ConfigError, did_you_mean
 
 # Options that say how factors are trained, not what they mean
@@ -18,8 +18,10 @@ _FREE_TO_CHANGE = {"dropout", "lr_ratio", "init"}
 class AdapterConfig:
     """A method and its options.
 
-    `AdapterConfig.create("lora", rank=8)` is the usual way to make one; `options` is an instance of
-    the method's own dataclass, whose fields are the flags `--<method>_<field>` and the JSON keys.
+    `AdapterConfig.create("lora", rank=8)` is the usual way to make one, and
+    `AdapterConfig.of(LoraOptions(rank=8))` the one in which editors complete options and mypy knows
+    them; `options` is an instance of the method's own dataclass, whose fields are the flags
+    `--<method>_<field>` and the JSON keys.
     """
 
     method: str
@@ -54,6 +56,18 @@ class AdapterConfig:
             return cls(method, kind(**options))
         except ConfigError as error:  # "rank=0: ..." of an option is "--lora_rank=0: ..." of a flag
             raise ConfigError(f"--{method}_{error}") from None
+
+    @classmethod
+    def of(cls, options: AdapterOptions) -> AdapterConfig:
+        """The method whose options these are, such as `LoraOptions(rank=8)`.
+
+        Raises:
+            ConfigError: they are of no method.
+        """
+        for method in METHODS:
+            if options_of(method) is type(options):
+                return cls(method, options)
+        raise ConfigError(f"{type(options).__name__} holds options of no method: {list(METHODS)}")
 
     def continued(self, method: str, options: dict[str, Any], where: str) -> AdapterConfig:
         """This configuration with other `options`, for a run that goes on from its factors.

@@ -50,6 +50,10 @@ class MergeMismatch(MaceLoraError, RuntimeError):
     """The merged model does not predict what the adapted model predicts."""
 
 
+class Stopped(MaceLoraError, RuntimeError):
+    """A signal has ended a run, whose checkpoint is written."""
+
+
 class Diverged(MaceLoraError, RuntimeError):
     """The loss is no longer a number."""
 

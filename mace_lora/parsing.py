@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mace_lora.errors import ArtefactError, ConfigError, closest
 
@@ -49,8 +50,16 @@ def check_named(options: argparse.Namespace) -> None:
                 item.check(f"--{name}={item}")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags of `argv`; a mistyped one ends the program with exit code 2, and a suggestion."""
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, raises: bool = False
+) -> argparse.Namespace:
+    """The flags of `argv`; a mistyped one ends the program with exit code 2, and a suggestion.
+
+    Raises:
+        ConfigError: instead of that, if it `raises`.
+    """
+    if raises:
+        setattr(parser, "error", _raise)  # noqa: B010  # a method, to mypy
     argv = list(sys.argv[1:] if argv is None else argv)
     flags = all_flags(parser)
     # before argparse, which would rather say that the flag that was meant is missing
@@ -62,6 +71,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     options, unknown = parser.parse_known_args(argv)
     _refuse(parser, unknown)  # among them keys of a configuration file
     return options
+
+
+def _raise(message: str) -> NoReturn:
+    raise ConfigError(message.removeprefix("argument "))
 
 
 def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
@@ -93,6 +106,58 @@ def _suggest_choices(parser: argparse.ArgumentParser) -> None:
 def all_flags(parser: argparse.ArgumentParser) -> list[str]:
     """Every flag of the parser, as it is written: --name."""
     return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def let_have_value(parser: argparse.ArgumentParser, name: str, kind: Callable[[str], bool]) -> None:
+    """Let a switch be given as --name=False, too."""
+    switch = next(action for action in parser._actions if action.dest == name)
+    # in place: configargparse keeps notes of its own on each
+    switch.__class__ = argparse._StoreAction
+    switch.nargs, switch.const, switch.type = "?", True, kind
+
+
+def as_flags(parser: argparse.ArgumentParser, values: Mapping[str, object]) -> list[str]:
+    """`values` by the names of flags as a command line; None stands for a flag that is not given.
+
+    Raises:
+        ConfigError: there is no such flag, or it is a switch that can't be given this value.
+    """
+    by_name = {action.dest: action for action in parser._actions if action.option_strings}
+    words: list[str] = []
+    for name, value in values.items():
+        if name not in by_name:
+            raise ConfigError(f"there is no option {name!r}. {closest(name, by_name)}".rstrip())
+        action = by_name[name]
+        flag = action.option_strings[-1]
+        if value is None:
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r}: True or False is needed")
+            if value == action.const:
+                words.append(flag)
+            elif str(value) != str(action.default):
+                raise ConfigError(f"{name}={value}: mace-torch has no flag that says so")
+        elif isinstance(value, (list, tuple)) and action.nargs not in (None, "?"):
+            words += [flag, *map(_word, value)]
+        else:
+            words.append(f"{flag}={_word(value)}")
+    return words
+
+
+def _word(value: object) -> str:
+    """A value as the command line has it; torch's and numpy's as plain ones."""
+    if isinstance(value, (dict, list, tuple)):
+        return str(_plain(value))
+    return str(_plain(value)).removeprefix("torch.")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 def move_flags(

@@ -5,12 +5,25 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from typing import Any, TypeAlias
 
 from mace_lora.errors import WriteError
 
 # The result of a command, as --json prints it
 Data: TypeAlias = dict[str, Any]
+_NOBODYS = (  # warnings that every run gives and that nobody can act on
+    "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",  # set by mace-torch itself
+    "The TorchScript type system doesn't support instance-level",  # e3nn
+    "'torch.load' received a zip file that looks like a TorchScript archive",
+    "'pin_memory' argument is set as true",  # mace-torch's default, harmless without a GPU
+)
+
+
+def ignore_warnings() -> None:
+    """Add filters for warnings of other packages that nobody can act on."""
+    for message in _NOBODYS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def printable() -> None:

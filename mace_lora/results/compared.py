@@ -20,13 +20,15 @@ from mace_lora.upstream.types import Dataset
 
 # More frames than this of one set are not predicted again
 MOST_FRAMES = 500
-VALIDATION = "validation"
+TRAINING, VALIDATION, TEST = "training", "validation", "test"
 
 
 @dataclass(frozen=True)
 class Compared:
     """One set of frames of one head, and what the model predicts before and after the run."""
 
+    kind: str  # TRAINING, VALIDATION or TEST
+    head: str
     name: str
     frames: LabelledFrames
     before: Values
@@ -62,13 +64,13 @@ def compare(
         units: of the labels in the test file.
     """
     found = []
-    for head, frames in _labelled(args, model, train_sets, valid_sets, units):
+    for kind, head, frames in _labelled(args, model, train_sets, valid_sets, units):
         known = with_inputs(frames, inputs_of(model))
         before, after = (
             predict_values(m, known, [head] * len(known.atoms), args.valid_batch_size)
             for m in (start, model)
         )
-        found.append(Compared(known.name, known, before, after))
+        found.append(Compared(kind, head, known.name, known, before, after))
     return found
 
 
@@ -78,19 +80,19 @@ def _labelled(
     train_sets: Mapping[str, Dataset],
     valid_sets: Mapping[str, Dataset],
     units: Units,
-) -> list[tuple[str, LabelledFrames]]:
+) -> list[tuple[str, str, LabelledFrames]]:
     found = []
-    for kind, sets in (("training", train_sets), (VALIDATION, valid_sets)):
+    for kind, sets in ((TRAINING, train_sets), (VALIDATION, valid_sets)):
         for head, dataset in sets.items():
             atoms = predicting.atoms_of(dataset, model, MOST_FRAMES)
             if atoms:
                 name = kind if len(sets) == 1 else f"{kind}, {head}"
-                found.append((head, frames_of(atoms, name)))
+                found.append((kind, head, frames_of(atoms, name)))
     if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
         asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
         factors = units.factors(args.test_file)
         test = read_frames(args.test_file, asked, most=MOST_FRAMES, factors=factors)
-        found.append((list(valid_sets)[-1], test))
+        found.append((TEST, list(valid_sets)[-1], test))
     return found
 
 

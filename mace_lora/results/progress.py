@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from mace_lora.files import whole_file
 
@@ -22,8 +22,14 @@ _CURVES = (
 )
 
 
+def named(errors: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """Quantity, unit and error, of errors as mace-torch calls them, in eV and A."""
+    return [(label, unit, 1e3 * errors[key]) for key, label, unit in _CURVES if key in errors]
+
+
 class ProgressBar:
-    """Steps done and left, loss, validation errors, time left; silent unless stderr is a terminal.
+    """Steps done and left, loss, validation errors, time left; silent unless stderr is a terminal
+    or this is a notebook.
 
     Log lines go through the bar while it is shown, so that neither tears the other.
     """
@@ -31,7 +37,7 @@ class ProgressBar:
     def __init__(
         self, steps: int, steps_per_epoch: int, *, done: int = 0, enabled: bool = True
     ) -> None:
-        self._enabled = enabled and sys.stderr.isatty()
+        self._enabled = enabled and (sys.stderr.isatty() or _in_a_notebook())
         self._steps = steps
         self._done = done  # in an earlier part of the run
         self._per_epoch = max(1, steps_per_epoch)
@@ -73,6 +79,13 @@ class ProgressBar:
         for key, label in (("rmse_e_per_atom", "E/atom meV"), ("rmse_f", "F meV/A")):
             if isinstance(error := metrics.get(key), float):
                 self._shown[label] = f"{1e3 * error:.1f}"
+
+
+def _in_a_notebook() -> bool:
+    """Whether Jupyter runs this process."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 class _AboveTheBar(logging.Handler):
@@ -157,12 +170,8 @@ class History:
         Args:
             other: errors of another set, as mace-torch calls them, eV and A.
         """
-        _, (_, best) = self._ends(head)
-        return [
-            (label, unit, 1e3 * other[key], 1e3 * best[key])
-            for key, label, unit in _CURVES
-            if key in other and key in best
-        ]
+        best = {label: value for label, _, value in named(self._ends(head)[1][1])}
+        return [(q, unit, value, best[q]) for q, unit, value in named(other) if q in best]
 
     def _ends(self, head: str) -> tuple[Row, Row]:
         """The epoch and errors before training, and those of the lowest loss, which are kept."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import date
@@ -27,6 +26,7 @@ from mace_lora.upstream import known
 def write(
     args: argparse.Namespace,
     given: dict[str, object],
+    argv: Sequence[str],
     n_training: int,
     config: AdapterConfig,
     injected: InjectionReport,
@@ -41,6 +41,7 @@ def write(
     Args:
         args: the parsed flags, as upstream takes them.
         given: the same before upstream has filled them in.
+        argv: the flags as they were written.
         n_training: number of training frames.
         config: the adapter.
         injected: what was adapted, and the counts.
@@ -69,7 +70,7 @@ def write(
     _data(page, args, n_training, model, sets)
     _method(page, config, injected)
     _use(page, args, {**files(), str(path): "this page"})
-    _settings(page, given)
+    _settings(page, given, argv)
     page.write(path)
     return path
 
@@ -169,9 +170,9 @@ def _use(page: Page, args: argparse.Namespace, files: dict[str, str]) -> None:
     )
 
 
-def _settings(page: Page, given: dict[str, object]) -> None:
+def _settings(page: Page, given: dict[str, object], argv: Sequence[str]) -> None:
     page.section("Settings")
-    page.code(" ".join(map(shlex.quote, ["mace_run_train", *sys.argv[1:]])))
+    page.code(" ".join(map(shlex.quote, ["mace_run_train", *argv])))
     parser = known.build_parser()
     page.facts(
         {key: value for key, value in sorted(given.items()) if value != parser.get_default(key)}

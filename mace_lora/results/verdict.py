@@ -97,7 +97,7 @@ def _worse_elsewhere(sets: Sequence[Compared], trained: Sequence[str]) -> list[s
             f"{quantity} of {part.name} got worse, {before_after(before, after, quantity)} "
             f"{UNITS[quantity]}"
             for quantity in trained
-            if not part.name.startswith(VALIDATION)
+            if part.kind != VALIDATION
             and quantity in after.rmse
             and after.rmse[quantity] > WORSE * before.rmse[quantity]
         ]

@@ -33,6 +33,8 @@ def flags_for_best(args: argparse.Namespace, epochs: int) -> list[str]:
 
 def advice(args: argparse.Namespace, options: RunOptions, epochs: int) -> str:
     """How to go on after `epochs` that are done, and how to save the best of them."""
+    if options.again:
+        return f"To go on: {options.again}"
     text = f"To go on:\n  {command(options, '--restart_latest')}\n"
     if epochs == 0:
         return f"{text}No epoch is done yet, so that there is no best one to save"

@@ -78,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=_Default(None),
     )
     parsing.move_flags(parser, ["lora", "lora_rank", "lora_alpha"], ours)
+    # a switch of mace-torch's that suits, and so must be able to be switched off
+    parsing.let_have_value(parser, "ema", _boolean)
     for name in METHODS:
         _add_method(parser, ours, name)
     for field in RunOptions.flags():
@@ -123,9 +125,13 @@ def _words(values: Mapping[str, object]) -> str:
 
 
 def parse(
-    argv: Sequence[str] | None = None,
+    argv: Sequence[str] | None = None, raises: bool = False
 ) -> tuple[argparse.Namespace, AdapterConfig | None, RunOptions]:
     """Flags and `--config` file to upstream's arguments, the adapter or None, and our run options.
+
+    Args:
+        argv: the flags; None for those of this process.
+        raises: a flag that can't be read is a ConfigError, too, and does not end the program.
 
     Raises:
         ConfigError: unknown or contradictory flags, or a value that makes no sense.
@@ -133,7 +139,7 @@ def parse(
     """
     argv = tuple(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parsing.parse(parser, argv)
+    args = parsing.parse(parser, argv, raises)
     given: dict[str, object] = {}
     for name, value in vars(args).items():
         if isinstance(value, _Default):

@@ -22,7 +22,8 @@ class RunOptions:
     """Options of a training run with an adapter that mace-torch doesn't have.
 
     Each is a flag, but for `chosen`: the flags that were set to what suits, `given`: those that the
-    user gave, and `argv`: the command line, without the program.
+    user gave, `argv`: the command line, without the program, and `again`: how to go on after an
+    interruption, where that is no command line.
     """
 
     adapter_start: str | None = option(
@@ -83,6 +84,7 @@ class RunOptions:
     chosen: Mapping[str, Choice] = field(default_factory=dict)
     given: Mapping[str, object] = field(default_factory=dict)
     argv: tuple[str, ...] = ()
+    again: str = ""
 
     def __post_init__(self) -> None:
         if self.step not in CHOICES:

@@ -19,6 +19,7 @@ from mace_lora.config import AdapterConfig
 from mace_lora.errors import WriteError
 from mace_lora.model.description import Description
 from mace_lora.model.report import InjectionReport
+from mace_lora.results.compared import Compared
 from mace_lora.results.progress import History
 from mace_lora.training.options import RunOptions
 from mace_lora.training.recipes import Choice
@@ -99,6 +100,8 @@ class Run:
         foundation: the foundation model as it was loaded, with all its heads and elements.
         unadapted: the model of the start, a copy, plain layers with the E0s of the start.
         injected: says what the adapter changes in the model.
+        compared: frames with predictions before and after.
+        judged: the verdict, a sentence each.
         began: when, of `time.monotonic`.
     """
 
@@ -108,6 +111,7 @@ class Run:
     injected: InjectionReport
     trained: Trained
     saved: Saved
+    judged: list[str]
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -115,6 +119,7 @@ class Run:
         self.files: list[str] = []
         self.evaluated: list[tuple[Dataset, Mapping[str, float]]] = []
         self.estimated: set[str] = set()
+        self.compared: list[Compared] = []
         self.chosen: dict[str, Choice] = dict(asked.options.chosen)
 
     def __getattr__(self, name: str) -> NoReturn:

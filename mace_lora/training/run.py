@@ -27,8 +27,11 @@ from mace_lora.upstream import names as upstream
 from mace_lora.upstream.known import MINI
 
 
-def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> None:
+def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> Run | None:
     """Train. Without an adapter this is mace-torch's own run, plus the foundation model `mini`.
+
+    Returns:
+        What is known of the run; None without an adapter.
 
     Raises:
         MaceLoraError: before any training, for whatever is wrong with flags, files or models; and
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
         model = loading.load(MINI) if args.foundation_model == MINI else None
         with upstream.substituted(_loaders(args, model)):
             library.run(args)
-        return
+        return None
     model = prepare(args, config, options)
     precision.exact_coefficients()
     record = Run(Asked(args, config, options))
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     ):
         library.run(args)
     summary.write(record)
+    return record
 
 
 def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:

@@ -26,12 +26,12 @@ def write(run: Run) -> None:
         return
     judged: list[str] = []
     if run.trained.history:
-        sets = _compare(run) if hasattr(run, "saved") else []
-        judged = _judge(run, sets)
-        _log_errors(run, sets)
+        run.compared = _compare(run) if hasattr(run, "saved") else []
+        judged = run.judged = _judge(run)
+        _log_errors(run)
     if hasattr(run, "saved"):
         _write_settings(run)
-        _write_page(run, sets if run.trained.history else [], judged)
+        _write_page(run, judged)
     logging.info(f"Wall time: {_spelt(time.monotonic() - run.began)}")
     for file, meaning in files_left(run).items():
         logging.info(f"  {file}: {meaning}")
@@ -51,7 +51,7 @@ def _compare(run: Run) -> list[Compared]:
         return []
 
 
-def _judge(run: Run, sets: list[Compared]) -> list[str]:
+def _judge(run: Run) -> list[str]:
     """The verdict, told in the log; the same for the page."""
     trained, args = run.trained, run.asked.args
     evaluated = {id(dataset): errors for dataset, errors in run.evaluated}
@@ -60,7 +60,7 @@ def _judge(run: Run, sets: list[Compared]) -> list[str]:
         {head: evaluated.get(id(part), {}) for head, part in trained.train_sets.items()},
         {head: len(part) for head, part in trained.valid_sets.items()},
         vars(args),
-        sets,
+        run.compared,
     )
     following = verdict.command(found, args.name, str(Path(args.model_dir) / f"{args.name}.yaml"))
     judged = verdict.lines(found, following)
@@ -74,9 +74,9 @@ def _ascii(text: str) -> str:  # a log may be
     return text.replace("Å", "A").replace("³", "^3").replace("→", "->")
 
 
-def _log_errors(run: Run, sets: list[Compared]) -> None:
-    if sets:
-        logging.info(f"Before -> after training:\n{_ascii(as_text(sets))}")
+def _log_errors(run: Run) -> None:
+    if run.compared:
+        logging.info(f"Before -> after training:\n{_ascii(as_text(run.compared))}")
     else:
         logging.info(f"Validation, before -> after: {_ascii(run.trained.history.summary())}")
 
@@ -110,16 +110,17 @@ def _write_settings(run: Run) -> None:
         logging.warning(f"no file of settings: {error}")
 
 
-def _write_page(run: Run, sets: list[Compared], judged: list[str]) -> None:
+def _write_page(run: Run, judged: list[str]) -> None:
     try:
         run_page.write(
             run.asked.args,
             run.asked.given,
+            run.asked.options.argv,
             run.trained.n_frames,
             run.asked.config,
             run.injected,
             run.saved.model,
-            sets,
+            run.compared,
             lambda: files_left(run),
             _trust(run),
             judged,

@@ -183,17 +183,18 @@ def frames_to_data(
     )
     read = upstream.original("configuration")
     head = head or heads_of(model)[-1]
-    return _graphs(
+    return graphs_of(
         [read(atoms, key_specification=specification, head_name=head) for atoms in frames], model
     )
 
 
 def configurations_to_batch(frames: Iterable[Configuration], model: torch.nn.Module) -> Batch:
     """Frames as one batch for `model`, in its precision, on its device."""
-    return _batch(_graphs(frames, model), model)
+    return _batch(graphs_of(frames, model), model)
 
 
-def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Graph]:
+def graphs_of(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Graph]:
+    """Frames as a data set of mace-torch for `model`, in its precision."""
     settings = {
         "z_table": library.elements(atomic_numbers(model)),
         "cutoff": float(model.get_buffer("r_max")),
@@ -205,5 +206,11 @@ def _graphs(frames: Iterable[Configuration], model: torch.nn.Module) -> list[Gra
 
 
 def _batch(graphs: list[Graph], model: torch.nn.Module) -> Batch:
-    with default_dtype(next(model.parameters()).dtype):
-        return library.batch(graphs).to(next(model.parameters()).device)
+    parameter = next(model.parameters())
+    return batch_on(graphs, parameter.device, parameter.dtype)
+
+
+def batch_on(graphs: list[Graph], device: torch.device, dtype: torch.dtype) -> Batch:
+    """Graphs of this precision as one batch, on a device."""
+    with default_dtype(dtype):
+        return library.batch(graphs).to(device)

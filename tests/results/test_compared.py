@@ -36,22 +36,30 @@ def frames() -> LabelledFrames:
     return LabelledFrames("test.xyz", atoms, labels, numbers, np.array(["warm", "hot"] * 3))
 
 
+def compared(frames, before: Values, after: Values, kind: str = "test") -> Compared:
+    return Compared(kind, "Default", kind, frames, before, after)
+
+
 def off(values: Values, energy: float, forces: float) -> Values:
     return replace(values, energy=values.energy + energy, forces=values.forces + forces)
 
 
 def test_the_table_has_rmse_before_and_after(frames):
-    part = Compared("t", frames, off(frames.labels, 0.01, 0.3), off(frames.labels, 0.002, -0.1))
+    part = compared(
+        frames,
+        off(frames.labels, 0.01, 0.3),
+        off(frames.labels, 0.002, -0.1),
+    )
     heading, rows = table([part])
     assert heading == ["RMSE", "frames", "energy, meV/atom", "forces, meV/Å"]
-    assert rows == [["t", "6", "10.0 → 2.0", "300.0 → 100.0"]]
+    assert rows == [["test", "6", "10.0 → 2.0", "300.0 → 100.0"]]
     assert "300.0 → 100.0" in as_text([part])
 
 
 def test_parts_are_configuration_types_and_elements(frames):
     hot = np.repeat(frames.groups == "hot", [len(a) for a in frames.atoms])
     after = replace(frames.labels, forces=frames.labels.forces + 0.05 * hot[:, None])
-    found = {a.name: a.rmse["forces"] for _, a in Compared("t", frames, after, after).rows()}
+    found = {a.name: a.rmse["forces"] for _, a in compared(frames, after, after).rows()}
     assert found["hot"] == pytest.approx(50)
     assert found["warm"] == 0
     assert {"H", "C", "O"} <= set(found)
@@ -59,14 +67,16 @@ def test_parts_are_configuration_types_and_elements(frames):
 
 def test_an_offset_of_energies_is_told(run, frames):
     good = off(frames.labels, 0.0, 0.1)
-    for name in ("test.xyz", "validation"):
-        part = Compared(name, frames, off(frames.labels, 0.1, 0.3), off(good, -0.02, 0))
+    for name in ("test", "validation"):
+        part = Compared(
+            name, "Default", name, frames, off(frames.labels, 0.1, 0.3), off(good, -0.02, 0)
+        )
         told = judge(run, {}, {"Default": 50}, FLAGS, [part]).told
         assert f"energies of {name} are off by a constant, -20.0 of 20.0 meV/atom" in told[0]
     assert not judge(run, {}, {"Default": 50}, FLAGS, [replace(part, after=good)]).told
 
 
 def test_a_test_set_that_got_worse_is_bad_news(run, frames):
-    part = Compared("t", frames, off(frames.labels, 0, 0.1), off(frames.labels, 0, 0.4))
+    part = compared(frames, off(frames.labels, 0, 0.1), off(frames.labels, 0, 0.4))
     bad = judge(run, {}, {"Default": 50}, FLAGS, [part]).bad
-    assert bad == ("forces of t got worse, 100.0 → 400.0 meV/Å",)
+    assert bad == ("forces of test got worse, 100.0 → 400.0 meV/Å",)
