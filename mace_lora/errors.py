@@ -38,6 +38,10 @@ class NotMergeable(MaceLoraError, RuntimeError):
     """An adapter depends on the input, so that no fixed weight reproduces it."""
 
 
+class NotPicklable(MaceLoraError, RuntimeError):
+    """A model with adapters is given to torch.save or to pickle."""
+
+
 class CheckpointError(MaceLoraError, RuntimeError):
     """A checkpoint can't be written, can't be read, or belongs to another run."""
 

@@ -28,10 +28,10 @@ class ExistingFile(str):
 
 
 class ExistingAdapter(ExistingFile):
-    """The directory of an adapter."""
+    """An adapter: a directory, a .zip file of one, or a repository, `hf://owner/name`."""
 
     def check(self, called: str) -> None:
-        if not Path(self).expanduser().exists():
+        if not self.startswith("hf://") and not Path(self).expanduser().exists():
             raise ArtefactError(
                 f"{called}: there is no such directory; an adapter is a directory with "
                 "adapter_config.json in it"

@@ -24,6 +24,8 @@ from mace_lora.adapters.registry import METHODS
 from mace_lora.errors import ArtefactError, ConfigError, NotMergeable
 from mace_lora.testing import outputs, worst
 
+SAME = 1e-14  # up to rounding
+
 
 @pytest.fixture
 def folders(base, tmp_path):
@@ -42,12 +44,12 @@ def model(base, folders):
 def test_adding_changes_nothing_and_choosing_does(base, frames, folders, model):
     one, two = (outputs(load_adapter(base, folder), frames) for folder in folders)
     assert active_adapters(model) == {"default": 1.0}
-    assert worst(outputs(model, frames), one) == 0
+    assert worst(outputs(model, frames), one) < SAME
     assert set_adapter(model, "water") is model
     assert active_adapters(model) == {"water": 1.0}
-    assert worst(outputs(model, frames), two) == 0
+    assert worst(outputs(model, frames), two) < SAME
     set_adapter(model, "default")
-    assert worst(outputs(model, frames), one) == 0
+    assert worst(outputs(model, frames), one) < SAME
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +63,7 @@ def test_what_was_learnt_is_kept(base, frames, tmp_path, folders, method):
     learnt = outputs(model, frames)
     set_adapter(model, "water")
     set_adapter(model, "default")
-    assert worst(outputs(model, frames), learnt) == 0
+    assert worst(outputs(model, frames), learnt) < SAME
     assert all(p.requires_grad for p in adapter_parameters(model).values())
 
 
@@ -77,7 +79,7 @@ def test_weights_per_adapter(base, frames, folders, model):
     set_adapter(model, ["default", "water"])
     assert active_adapters(model) == {"default": 1.0, "water": 1.0}
     set_adapter(model, "water")
-    assert worst(outputs(model, frames), outputs(load_adapter(base, folders[1]), frames)) == 0
+    assert worst(outputs(model, frames), outputs(load_adapter(base, folders[1]), frames)) < SAME
 
 
 def test_a_fresh_adapter_changes_no_prediction(base, frames, model, folders):
@@ -93,7 +95,7 @@ def test_a_plain_model_takes_adapters_too(base, frames, folders):
     add_adapter(model, "water", folders[1])
     assert active_adapters(model) == {}
     set_adapter(model, "water")
-    assert worst(outputs(model, frames), outputs(load_adapter(base, folders[1]), frames)) == 0
+    assert worst(outputs(model, frames), outputs(load_adapter(base, folders[1]), frames)) < SAME
 
 
 def test_deleting(base, frames, folders, model):
@@ -115,7 +117,7 @@ def test_a_copy_has_adapters_of_its_own(frames, model):
     delete_adapter(model, "water")
     set_adapter(twin, "water")
     set_adapter(twin, "default")
-    assert worst(outputs(twin, frames), before) == 0
+    assert worst(outputs(twin, frames), before) < SAME
 
 
 def test_a_directory_leaves_those_in_memory_alone(base, frames, folders, model):
@@ -123,9 +125,9 @@ def test_a_directory_leaves_those_in_memory_alone(base, frames, folders, model):
     set_adapter(model, folders[1])
     assert active_adapters(model) == {}
     add_adapter(model, "fresh", AdapterConfig.create("lora"))
-    assert worst(outputs(model, frames), outputs(load_adapter(base, folders[1]), frames)) == 0
+    assert worst(outputs(model, frames), outputs(load_adapter(base, folders[1]), frames)) < SAME
     set_adapter(model, "default")
-    assert worst(outputs(model, frames), before) == 0
+    assert worst(outputs(model, frames), before) < SAME
 
 
 def test_mistakes_are_named(base, frames, folders, model, tmp_path):
@@ -142,4 +144,4 @@ def test_mistakes_are_named(base, frames, folders, model, tmp_path):
     with pytest.raises(NotMergeable):
         set_adapter(model, {"gates": 0.5, "water": 0.5})
     assert active_adapters(model) == {"default": 1.0}
-    assert worst(outputs(model, frames), before) == 0
+    assert worst(outputs(model, frames), before) < SAME

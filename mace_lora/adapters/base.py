@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from mace_lora.adapters.layout import Site, WeightLayout
 from mace_lora.adapters.options import AdapterOptions
-from mace_lora.errors import ConfigError
+from mace_lora.errors import ConfigError, NotPicklable
 
 O = TypeVar("O", bound=AdapterOptions)
 
@@ -95,7 +95,17 @@ class WeightAdapter(Adapter[O]):
         weight = site.weight
         self.to(device=weight.device, dtype=weight.dtype)
         parametrize.register_parametrization(site.module, site.tensor, self)
+        # a class of this one module, which torch has just made; copies go another way
+        setattr(type(site.module), "__getstate__", _refuse_to_pickle)  # noqa: B010
         self.eval()  # nothing is drawn but in training steps: torch has taken over the layer's mode
+
+
+def _refuse_to_pickle(module: torch.nn.Module) -> None:
+    raise NotPicklable(
+        "a model with adapters can't be pickled, and so not be given to torch.save: save_adapter"
+        "(model, folder) saves the adapters, merge(model) makes a plain model that can be, and "
+        "model.state_dict() has all tensors"
+    )
 
 
 class OutputAdapter(Adapter[O]):

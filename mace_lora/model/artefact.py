@@ -1,4 +1,5 @@
-"""The adapter directory: `adapter_model.safetensors` and `adapter_config.json`, nothing executable.
+"""The adapter directory: `adapter_model.safetensors` and `adapter_config.json`, nothing executable;
+and a `README.md` for people (`card`).
 
 The tensors are the adapter's factors by `<weight>.<factor>`, such as
 `readouts.0.linear.lora_A.0`. The configuration says which method
@@ -27,12 +28,13 @@ from safetensors.torch import load_file, save_file
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.files import whole_folder
+from mace_lora.model import card, places
 from mace_lora.model.description import Description
 from mace_lora.model.injection import adapter_parameters
 
 FORMAT = 2
 TENSORS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = card.CONFIG
 # How factors were called in format 1
 _FORMER_NAMES = {"A": "lora_A", "B": "lora_B", "gain": "lora_gain"}
 _KEYS = {"format", "versions", "method", "options", "base", "model"}
@@ -81,10 +83,14 @@ def write(
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, new / TENSORS)
         (new / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        written = {TENSORS, CONFIG}
+        if card.is_ours(Path(folder) / card.CARD):
+            (new / card.CARD).write_text(card.text(content), encoding="utf-8")
+            written.add(card.CARD)
         # safetensors lets the owner alone read what it writes; colleagues read adapters too
         (new / TENSORS).chmod((new / CONFIG).stat().st_mode)
         for other in Path(folder).glob("*"):  # notes that someone has put beside the adapter
-            if other.is_file() and other.name not in (TENSORS, CONFIG):
+            if other.is_file() and other.name not in written:
                 shutil.copy2(other, new)
 
 
@@ -105,7 +111,10 @@ def check_free(folder: str | Path) -> None:
 
 
 def read(folder: str | Path) -> Artefact:
-    """Read and check an adapter directory. Nothing in it can run code.
+    """Read and check an adapter. Nothing in it can run code.
+
+    Args:
+        folder: a directory, a .zip file of one, or `hf://owner/name`; see `places.directory`.
 
     Raises:
         ArtefactError: a file is missing, unreadable, of a newer format, or has unknown keys.
@@ -114,9 +123,11 @@ def read(folder: str | Path) -> Artefact:
         raise ArtefactError(
             f"an adapter is named by the path of its directory, found {type(folder).__name__}"
         )
-    folder = Path(folder)
-    if folder.is_file():
-        raise ArtefactError(f"{folder} is a file; an adapter is a directory with {CONFIG} in it")
+    with places.directory(folder, (CONFIG, TENSORS)) as found:
+        return _read(found)
+
+
+def _read(folder: Path) -> Artefact:
     content = _read_config(folder / CONFIG)
     try:
         config = AdapterConfig.from_json(

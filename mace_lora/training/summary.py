@@ -7,13 +7,20 @@ import time
 from pathlib import Path
 
 from mace_lora.frames.units import Units
+from mace_lora.model import card
 from mace_lora.results import run_page, verdict
-from mace_lora.results.compared import Compared, as_text, compare
+from mace_lora.results.compared import Compared, as_text, compare, table
 from mace_lora.training import defaults
 from mace_lora.training.files.saving import files_left
 from mace_lora.training.record import Run
 from mace_lora.trust import checks
 from mace_lora.trust.frames import dimers
+
+# On the card of an adapter, beside the options of its method
+_TOLD = (
+    *("lr", "schedule", "weight_decay", "max_num_epochs", "batch_size", "seed", "loss"),
+    *("energy_weight", "forces_weight", "stress_weight", "protect", "default_dtype"),
+)
 
 
 def write(run: Run) -> None:
@@ -31,6 +38,7 @@ def write(run: Run) -> None:
         _log_errors(run)
     if hasattr(run, "saved"):
         _write_settings(run)
+        _write_cards(run)
         _write_page(run, judged)
     logging.info(f"Wall time: {_spelt(time.monotonic() - run.began)}")
     for file, meaning in files_left(run).items():
@@ -108,6 +116,27 @@ def _write_settings(run: Run) -> None:
         defaults.write(run)
     except OSError as error:  # the models are saved, and the log has the settings
         logging.warning(f"no file of settings: {error}")
+
+
+def _write_cards(run: Run) -> None:
+    """What the run knows, on the card of its adapter; names of files, no folders of a machine."""
+    args, given = run.asked.args, run.asked.given
+    files = {k: Path(str(given[k])).name for k in ("train_file", "valid_file", "test_file")}
+    data = [f"{k.removesuffix('_file')}: `{v}`" for k, v in files.items() if given[k]]
+    known = {**vars(run.asked.options), **vars(args)}
+    sections = {
+        "Training data": f"{run.trained.n_frames} frames; {', '.join(data)}.",
+        "Settings": ", ".join(f"`{flag}={known[flag]}`" for flag in _TOLD if flag in known),
+    }
+    if run.compared:
+        heading, rows = table(run.compared)
+        sections["Errors before → after"] = card.table(heading, rows)
+    for file in files_left(run):
+        if file.endswith("_adapter"):
+            try:
+                card.add(file, sections)
+            except OSError as error:  # the adapter itself is whole
+                logging.warning(f"no card of the adapter: {error}")
 
 
 def _write_page(run: Run, judged: list[str]) -> None:

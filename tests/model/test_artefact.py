@@ -51,8 +51,8 @@ torch.save(outputs(load_adapter("base.model", {str(folder)!r}), frames), "output
     assert worst(outputs(model, written), there) <= 1e-12
 
 
-def test_only_safetensors_and_json(saved):
-    assert {p.name for p in saved[2].iterdir()} == {TENSORS, CONFIG}
+def test_only_safetensors_and_json_and_a_card(saved):
+    assert {p.name for p in saved[2].iterdir()} == {TENSORS, CONFIG, "README.md"}
 
 
 def test_others_may_read_all_of_it_or_nothing(saved):

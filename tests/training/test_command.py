@@ -75,6 +75,7 @@ def test_exactly_these_files_are_left(run):
         "run_compiled.model",
         "run_adapter/adapter_model.safetensors",
         "run_adapter/adapter_config.json",
+        "run_adapter/README.md",
         "run_learning_curve.png",
         "run_parity.png",
         "run_report.html",
@@ -87,6 +88,7 @@ def test_exactly_these_files_are_left(run):
         "checkpoints/run_run-1_previous.pt",
         "checkpoints/run_run-1_best_adapter/adapter_model.safetensors",
         "checkpoints/run_run-1_best_adapter/adapter_config.json",
+        "checkpoints/run_run-1_best_adapter/README.md",
     }
 
 
@@ -107,6 +109,15 @@ def test_the_log_says_what_happened(run):
     assert f"Model with LoRA has {trainable.replace(',', '')} trainable parameters" in log_file(
         folder
     )
+
+
+def test_the_card_of_the_adapter(run):
+    folder, log = run
+    text = (folder / "run_adapter/README.md").read_text()
+    after = re.search(r"\| test.xyz .* ([\d.]+) \|", log)[1]
+    for words in ("train: `train.xyz`", "`lr=0.02`", "`seed=1`", f"→ {after} |"):
+        assert words in text
+    assert str(folder) not in text
 
 
 def test_the_page_for_people(run, foundation, small_data):
