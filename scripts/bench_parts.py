@@ -105,11 +105,11 @@ class Contender:
 
     def step(self) -> float:
         """Seconds of one training step on a batch that is there."""
-        return _timed(lambda: self._step(self.batch))
+        return timed(lambda: self._step(self.batch))
 
     def step_and_batch(self) -> float:
         """Seconds of one training step, its batch made from the data set."""
-        return _timed(lambda: self._step(next(iter(self.loader))))
+        return timed(lambda: self._step(next(iter(self.loader))))
 
     def _step(self, batch: Any) -> None:
         self._take(
@@ -125,7 +125,7 @@ class Contender:
 
     def evaluate(self) -> float:
         """Seconds to evaluate the batch: energies, forces and metrics."""
-        return _timed(
+        return timed(
             lambda: self._evaluate(
                 model=self.model,
                 loss_fn=self.loss_fn,
@@ -139,7 +139,7 @@ class Contender:
         """Seconds of energies and forces alone: the floor of a step."""
         backend = self._backend
         with contextlib.nullcontext() if backend is None else backend.active(self.model):
-            return _timed(lambda: self.model(self.batch.to_dict(), compute_force=True))
+            return timed(lambda: self.model(self.batch.to_dict(), compute_force=True))
 
     def gradients(self) -> list[torch.Tensor]:
         """Of the weights, after one step: Adam's first mean is a tenth of the clipped gradient."""
@@ -171,7 +171,8 @@ class Data:
         return edges, sum(f.num_nodes for f in self.frames), len(self.frames)
 
 
-def _timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of a call."""
     clock = CLOCKS[_clock[0]]
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -45,6 +45,7 @@ CHANGED = {
     "mace_run_train": ["--max_num_epochs=1"],
     "torchrun": ["--max_num_epochs=1"],
     "mace_lora trust": ["--ps=0.02"],
+    "mace_lora md": ["--ps=0.02"],
     "python scripts/bench_step.py": ["--quick", "--channels=4", "--rounds=1", "--threads=1"],
 }
 # What is not run here: the beginning of a command -> the file, and the words in it that run it.

@@ -20,7 +20,8 @@ from mace_lora.frames.keys import ALIASES
 from mace_lora.frames.labels import under
 from mace_lora.model.description import atomic_numbers, heads
 from mace_lora.model.merging import merge
-from mace_lora.upstream import library, loading
+from mace_lora.upstream import loading
+from mace_lora.upstream.calculating import SKIN, calculator
 from mace_lora.upstream.devices import check_device
 from mace_lora.upstream.inputs import Input, inputs_of
 
@@ -50,12 +51,14 @@ class MaceLoraCalculator(Calculator):
         info_keys, arrays_keys: where in `atoms.info` and `atoms.arrays` the inputs of a model
             stand, such as {"total_charge": "charge"}; by default those of `MACECalculator`, or
             whatever is evident: charge or total_charge, spin or total_spin or multiplicity.
+        skin: A, by which the list of neighbours reaches beyond the cutoff: it is kept until an atom
+            has moved by half of this, and results don't depend on it.
         keywords: for `MACECalculator`: head, enable_cueq, compile_mode, ...
 
     Raises:
         ArtefactError: an adapter is broken or belongs to another base.
-        ConfigError: no such device or precision, or the adapters of a committee are for different
-            elements or heads.
+        ConfigError: no such device or precision, a negative skin, or the adapters of a committee
+            are for different elements or heads.
         FoundationModelError: there is no such base model.
 
     `set_adapter` chooses another adapter later; those used before are kept, so that going back and
@@ -70,11 +73,14 @@ class MaceLoraCalculator(Calculator):
         default_dtype: str = "",
         info_keys: dict[str, str] | None = None,
         arrays_keys: dict[str, str] | None = None,
+        skin: float = SKIN,
         **keywords: object,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of ASE, as those below
         if default_dtype not in ("", "float32", "float64"):
             raise ConfigError(f"default_dtype={default_dtype!r}: float32 or float64 is needed")
+        if not 0 <= skin < float("inf"):
+            raise ConfigError(f"skin={skin!r}: a length in A, 0 or more, is needed")
         check_device(device, default_dtype, called="device=")
         self.base = loading.given(base, device, flag="base")
         self._settings = {
@@ -84,6 +90,7 @@ class MaceLoraCalculator(Calculator):
             "arrays_keys": dict(arrays_keys or {}),
             **keywords,
         }
+        self._skin = skin
         self._keys_given = info_keys is not None
         self._merged: dict[Path | None, torch.nn.Module] = {}
         self._calculators: dict[tuple[Path | None, ...], MACECalculator] = {}
@@ -102,7 +109,7 @@ class MaceLoraCalculator(Calculator):
             if not settings["default_dtype"]:
                 own = next(committee[0].parameters()).dtype
                 settings["default_dtype"] = str(own).removeprefix("torch.")
-            self._calculators[key] = library.calculator(committee, **settings)
+            self._calculators[key] = calculator(committee, self._skin, **settings)
         self._current = self._calculators[key]
         self.adapter = adapter
         self.implemented_properties = list(dict.fromkeys(self._current.implemented_properties))

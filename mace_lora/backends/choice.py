@@ -6,7 +6,9 @@ times: two runs of one kind on one machine compute alike, to the last digit.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mace_lora.backends.base import Backend, CannotServe
@@ -27,18 +29,42 @@ def choose(name: str, model: torch.nn.Module) -> Backend:
         ConfigError: no backend has this name.
         CannotServe: no backend at all can serve.
     """
+    backend, reasons = _first(name, model, lambda candidate: get_backend(candidate)())
+    _say(name, backend, reasons)
+    return backend
+
+
+def serving(model: torch.nn.Module) -> Backend:
+    """What `model` predicts with: the first backend that can serve it, without a word.
+
+    One and the same for all predictions of a process, with what it has made of each model.
+
+    Raises:
+        CannotServe: no backend at all can serve.
+    """
+    return _first(AUTO, model, _kept)[0]
+
+
+@functools.cache
+def _kept(name: str) -> Backend:
+    return get_backend(name)()
+
+
+def _first(
+    name: str, model: torch.nn.Module, make: Callable[[str], Backend]
+) -> tuple[Backend, dict[str, CannotServe]]:
+    """The first backend that can serve, and why those before it can't."""
     asked = [] if name == AUTO else [name]
     usual = [n for n in BACKENDS if n not in asked and not get_backend(n).experimental]
     reasons: dict[str, CannotServe] = {}
     for candidate in (*asked, *usual):
-        backend = get_backend(candidate)()
+        backend = make(candidate)
         try:
             backend.check(model)
         except CannotServe as reason:
             reasons[candidate] = reason
             continue
-        _say(name, backend, reasons)
-        return backend
+        return backend, reasons
     raise CannotServe("; ".join(f"{n}: {reason}" for n, reason in reasons.items()))
 
 

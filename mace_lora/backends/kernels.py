@@ -80,6 +80,7 @@ def conv(
         tables, sizes: of a `products.Convolution`.
     """
     x, y, w, g = (t if t is None else t.contiguous() for t in (x, y, w, g))
+    senders, receivers = senders.contiguous(), receivers.contiguous()
     out: Tensor = _empty(by, x, y, w, g, senders, receivers, tables, sizes)
     node = _given(x, g)
     paths, entries, values, x_blocks, out_blocks = tables
@@ -186,7 +187,7 @@ def contract(x: Tensor, p: Tensor, element: Tensor, terms: Tensor, n_k: int) -> 
         terms: (terms, 4) of int64.
         n_k: number of components.
     """
-    x, p = x.contiguous(), p.contiguous()
+    x, p, element = x.contiguous(), p.contiguous(), element.contiguous()
     f = x.new_empty(*x.shape[:2], n_k)
     none = (None, None)
     _call(
@@ -202,7 +203,7 @@ def contract(x: Tensor, p: Tensor, element: Tensor, terms: Tensor, n_k: int) -> 
 )
 def contract_by_x(x: Tensor, p: Tensor, element: Tensor, g: Tensor, terms: Tensor) -> Tensor:
     """The derivative of <g, f> by x: (atoms, channels, n_x)."""
-    x, p, g = x.contiguous(), p.contiguous(), g.contiguous()
+    x, p, element, g = (t.contiguous() for t in (x, p, element, g))
     out = torch.empty_like(x)
     sizes = (*x.shape, g.shape[2], terms, terms.shape[0])
     _call("contract", x.dtype, 1, x, p, element, g, None, None, out, *sizes)
@@ -219,7 +220,7 @@ def contract_twice(
     x: Tensor, p: Tensor, element: Tensor, g: Tensor, a: Tensor, terms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The derivatives of <a, contract_by_x> by g and by x."""
-    x, p, g, a = (t.contiguous() for t in (x, p, g, a))
+    x, p, element, g, a = (t.contiguous() for t in (x, p, element, g, a))
     by_g, by_x = torch.empty_like(g), torch.empty_like(x)
     sizes = (*x.shape, g.shape[2], terms, terms.shape[0])
     _call("contract", x.dtype, 2, x, p, element, g, a, by_g, by_x, *sizes)
@@ -236,7 +237,7 @@ def contract_by_p(
     x: Tensor, element: Tensor, g: Tensor, a: Tensor | None, terms: Tensor, n_elements: int
 ) -> Tensor:
     """The derivative of <g, f> by p, or with `a` that of <a, contract_by_x>."""
-    x, g = x.contiguous(), g.contiguous()
+    x, element, g = x.contiguous(), element.contiguous(), g.contiguous()
     a = None if a is None else a.contiguous()
     out = x.new_empty(n_elements, terms.shape[0], x.shape[1])
     sizes = (n_elements, *x.shape, g.shape[2], terms, terms.shape[0])

@@ -69,13 +69,29 @@ def compiler() -> str:
     raise NoCompiler("no C++ compiler (g++ or clang++) is installed")
 
 
-@functools.cache
 def load() -> ctypes.CDLL:
     """The library of the kernels, from the cache or built now (some seconds).
 
     Raises:
         NoCompiler: there is no compiler, it fails, or there is no place for what it makes.
     """
+    found = tried()
+    if isinstance(found, str):
+        raise NoCompiler(found)
+    return found
+
+
+@functools.cache
+def tried() -> ctypes.CDLL | str:
+    """The library, or why there is none: a compiler that fails is asked once, not for each model
+    that predicts."""
+    try:
+        return _made()
+    except NoCompiler as error:
+        return str(error)
+
+
+def _made() -> ctypes.CDLL:
     source = resources.files("mace_lora.backends").joinpath("csrc/products.cpp").read_text()
     key = hashlib.sha256("\n".join([source, *_FLAGS, compiler(), _processor()]).encode())
     path = cache_folder() / f"products-{key.hexdigest()[:16]}.so"

@@ -14,18 +14,24 @@ from mace_lora.backends.plain_layers import plain_forward
 
 # A module, an attribute of it (`forward` above all), and what stands in its place
 StandIn = tuple[torch.nn.Module, str, object]
+_NOTHING = object()
 
 
 @contextlib.contextmanager
 def replaced(stand_ins: Sequence[StandIn]) -> Iterator[None]:
-    """Attributes of modules are others meanwhile."""
+    """Attributes of modules are others meanwhile; blocks may lie in one another."""
+    before: list[StandIn] = []
     try:
         for module, name, value in stand_ins:
-            setattr(module, name, value)
+            before.append((module, name, module.__dict__.get(name, _NOTHING)))
+            module.__dict__[name] = value
         yield
     finally:
-        for module, name, _ in stand_ins:
-            module.__dict__.pop(name, None)
+        for module, name, value in reversed(before):
+            if value is _NOTHING:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
 
 
 def plain_layers(model: torch.nn.Module) -> list[StandIn]:

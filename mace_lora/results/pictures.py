@@ -1,4 +1,4 @@
-"""Pictures of predictions against labels."""
+"""Pictures of predictions against labels, and of dynamics."""
 
 from __future__ import annotations
 
@@ -80,3 +80,36 @@ def _panel(
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=7, markerscale=2)
+
+
+def dynamics(
+    log: Mapping[str, np.ndarray], n_atoms: int, path: str | Path, title: str, kelvin: float
+) -> None:
+    """Energies and temperature with time.
+
+    Args:
+        log: time_ps, potential_eV, total_eV and temperature_K, each (n_samples,).
+        n_atoms: energies are shown per atom.
+        path: of the PNG, written whole or not at all.
+        title: above the picture.
+        kelvin: the temperature that was asked for.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    energies, temperature = figure.subplots(2, 1, sharex=True)
+    for name, colour in (("potential", "#94a3b8"), ("total", "#c2410c")):
+        values = 1e3 * log[f"{name}_eV"] / n_atoms
+        energies.plot(log["time_ps"], values - values[0], label=name, color=colour)
+    energies.set_ylabel("energy − first (meV per atom)")
+    energies.legend(fontsize=9)
+    temperature.plot(log["time_ps"], log["temperature_K"], color="#1d4ed8")
+    temperature.axhline(kelvin, color="0.4", linewidth=0.8, linestyle="--")
+    temperature.set(xlabel="time (ps)", ylabel="temperature (K)")
+    for axes in (energies, temperature):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")

@@ -15,13 +15,14 @@ from ase.md.verlet import VelocityVerlet
 
 from mace_lora.model.description import heads
 from mace_lora.trust.frames import relative_distances, scaled
-from mace_lora.upstream import library
+from mace_lora.upstream.calculating import calculator
 
 BONDED = 1.25  # sums of covalent radii: closer pairs of the first frame are bonds
 LONGEST = 1.8  # sums of covalent radii: a bond that is longer is broken
 SHORTEST = 0.5  # sums of covalent radii: no pair may come closer
 HOTTEST = 4.0  # times the thermostat's temperature, in small molecules well above fluctuations
 SAMPLE = 10  # steps between two energies of NVE
+NOT_A_NUMBER, BOND_BROKE = "not a number", "a bond broke"
 FRICTION = 0.01 / units.fs
 NVE_KELVIN = 300.0
 STEP_FS = 0.5
@@ -56,10 +57,10 @@ class Health:
     def trouble(self, atoms: Atoms) -> str:
         """What is wrong, or ""."""
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.get_momenta()).all()):
-            return "not a number"
+            return NOT_A_NUMBER
         distances = relative_distances(atoms)
         if (distances[self.bonds] > LONGEST).any():
-            return "a bond broke"
+            return BOND_BROKE
         if (distances < SHORTEST).any():
             return "atoms collapsed"
         return "too hot" if atoms.get_temperature() > self.hottest else ""
@@ -73,7 +74,7 @@ def prepared(
     """
     atoms = scaled(frame, 1.0)
     own = next(model.parameters())
-    atoms.calc = library.calculator(
+    atoms.calc = calculator(
         [model],
         device=str(own.device),
         default_dtype=str(own.dtype).removeprefix("torch."),
@@ -81,6 +82,18 @@ def prepared(
     )
     MaxwellBoltzmannDistribution(atoms, temperature_K=kelvin, rng=np.random.default_rng(seed))
     return atoms
+
+
+def thermostat(atoms: Atoms, kelvin: float, seed: int, step_fs: float = STEP_FS) -> Langevin:
+    """Langevin dynamics at a temperature, its noise other than that of the velocities."""
+    return Langevin(
+        atoms,
+        step_fs * units.fs,
+        temperature_K=kelvin,
+        friction=FRICTION,
+        fixcm=False,  # where a molecule drifts to is nothing to it
+        rng=np.random.default_rng(seed + 1000),
+    )
 
 
 def langevin(
@@ -105,14 +118,7 @@ def langevin(
     """
     atoms = prepared(frame, model, kelvin(0.0), seed, head)
     health = Health(atoms, kelvin(0.0))
-    dynamics = Langevin(
-        atoms,
-        step_fs * units.fs,
-        temperature_K=kelvin(0.0),
-        friction=FRICTION,
-        fixcm=False,  # where a molecule drifts to is nothing to it
-        rng=np.random.default_rng(seed + 1000),
-    )
+    dynamics = thermostat(atoms, kelvin(0.0), seed, step_fs)
     path, n = Path(), steps(ps, step_fs)
     for step in range(1, n + 1):
         path.kelvin = kelvin(step / n)

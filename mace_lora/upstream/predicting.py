@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,9 @@ from typing import TypeVar
 import ase
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
+from mace_lora.backends.choice import serving
 from mace_lora.errors import MergeMismatch
 from mace_lora.model.description import atomic_numbers
 from mace_lora.model.description import heads as heads_of
@@ -28,6 +31,26 @@ OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
 MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
+@contextlib.contextmanager
+def computing(model: torch.nn.Module) -> Iterator[None]:
+    """`model` predicts for the length of a block, by the backend that suits it: all predictions of
+    the package pass here.
+
+    Its weights must not change meanwhile, and forces have a graph to positions, not to parameters.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    backend = serving(model)
+    cached = parametrize.cached() if backend.caches_weights else contextlib.nullcontext()
+    try:
+        for parameter in trainable:
+            parameter.requires_grad = False
+        with backend.active(model), cached:
+            yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad = True
+
+
 def predict(
     model: torch.nn.Module,
     batches: Iterable[Batch],
@@ -38,18 +61,12 @@ def predict(
     extra = {"compute_stress": True} if compute_stress else {}
     device = device or next(model.parameters()).device
     results: dict[str, list[torch.Tensor]] = {}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trainable:  # forces need a graph to positions, not to parameters
-            parameter.requires_grad = False
+    with computing(model):
         for batch in batches:
             output = model(batch.to(device).to_dict(), training=False, **extra)
             for key in OUTPUTS:
                 if output.get(key) is not None:
                     results.setdefault(key, []).append(output[key].detach())
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad = True
     return {key: torch.cat(values) for key, values in results.items()}
 
 

@@ -30,9 +30,9 @@ def without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("MACE_LORA_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
-    library.load.cache_clear()
+    library.tried.cache_clear()
     yield
-    library.load.cache_clear()
+    library.tried.cache_clear()
 
 
 @pytest.mark.parametrize("name", BACKENDS)

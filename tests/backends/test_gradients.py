@@ -80,15 +80,40 @@ def test_the_model_is_itself_outside_of_the_block(model, frames):
     assert not any(hasattr(block, "conv_fusion") for block in model.interactions)
 
 
+def test_a_block_in_a_block(model, frames):
+    """As where a run predicts within a step: the inner one takes nothing from the outer one."""
+    model, outer = adapted(model), Fused()
+
+    def code() -> list[object]:
+        return [vars(m).get("forward") for m in model.modules()]
+
+    with outer.active(model):
+        before = code()
+        with Eager().active(model):
+            assert code() != before
+        assert code() == before
+    assert not any(code())
+
+
+def test_edges_that_lie_apart_in_memory(model, frames):
+    """Every other column of a table, as slicing leaves it."""
+    model, batch = adapted(model), frames_to_batch(frames, model)
+    expected, gradients = step(Fused(), model, batch)
+    wide = batch.edge_index.repeat_interleave(2, dim=1)
+    batch["edge_index"] = wide.T.contiguous().T[:, ::2]
+    assert not batch.edge_index[0].is_contiguous()
+    found, other = step(Fused(), model, batch)
+    assert differs(expected, found) == differs(gradients, other) == 0
+
+
 def test_a_backend_follows_merging(model, frames):
     """The same model object, before and after its adapters are merged."""
     model, backend = adapted(model), Fused()
-    with backend.active(model):
-        before = outputs(model, frames)
+    batch = frames_to_batch(frames, model)
+    before, _ = step(backend, model, batch, training=False)
     merge(model)
-    with backend.active(model):
-        assert worst(before, outputs(model, frames)) < 1e-10
-    assert worst(before, outputs(model, frames)) < 1e-10
+    for each in (backend, Plain()):
+        assert differs(before, step(each, model, batch, training=False)[0]) < 1e-10
 
 
 def run_with(backend: str, folder, flags, foundation):
