@@ -69,13 +69,15 @@ ELSEWHERE = {
         "prepare_spice2022",
     ),
     "mace_lora tune": ("tests/commands/test_tune.py", 'tool_prints(capsys, "tune"'),
+    "mace_lora select": ("tests/test_committee.py", '"select", tmp_path'),
+    "mace_run_train --members": ("tests/test_committee.py", '"--members=2"'),
     "mace_lora extract --base mini": ("tests/commands/test_tools.py", '"extract", *flags'),
 }
 # Inline words that name a command and don't give one.
 NAMES = {
     *("mace_lora train", "python -m mace_lora train", "mace_run_train --distributed"),
     *("mace_lora info", "mace_lora extract", "mace_lora completion", "mace_run_train --help"),
-    *("mace_lora trust", "mace_lora tune", "mace_lora check"),
+    *("mace_lora trust", "mace_lora tune", "mace_lora check", "mace_lora select"),
     *("scripts/reproduce.sh rmd17", "scripts/reproduce.sh --help"),
 }
 PROGRAMS = r"(?:mace_run_train|mace_create|mace_lora|python|pip|sbatch|torchrun|scripts/|FUZZ_)"

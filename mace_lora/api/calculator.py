@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from mace_lora.errors import ConfigError, DataError
 from mace_lora.frames.inputs import InputCheck
 from mace_lora.frames.keys import ALIASES
 from mace_lora.frames.labels import under
+from mace_lora.model import committee, places
 from mace_lora.model.description import atomic_numbers, heads
 from mace_lora.model.merging import merge
 from mace_lora.upstream import loading
@@ -45,7 +46,9 @@ class MaceLoraCalculator(Calculator):
         base: the foundation model (as a model, or by name or file as in `load_foundation`); it is
             read once.
         adapter: a directory, or several for a committee (mean, and `energy_var`, `forces_comm`,
-            `stress_var` among the results), or None for the base model itself.
+            `stress_var` among the results), or None for the base model itself. The folder of a
+            committee that `--members` has trained gives calibrated standard deviations as well:
+            `energy_std` (eV) and `forces_std` (n_atoms, 3), eV/A.
         device: cpu, cuda, ...
         default_dtype: float32 or float64; nothing for the precision of the adapter's run.
         info_keys, arrays_keys: where in `atoms.info` and `atoms.arrays` the inputs of a model
@@ -92,30 +95,34 @@ class MaceLoraCalculator(Calculator):
         }
         self._skin = skin
         self._keys_given = info_keys is not None
-        self._merged: dict[Path | None, torch.nn.Module] = {}
-        self._calculators: dict[tuple[Path | None, ...], MACECalculator] = {}
+        self._merged: dict[Path | str | None, torch.nn.Module] = {}
+        self._calculators: dict[tuple[Path | str | None, ...], MACECalculator] = {}
         self.set_adapter(adapter)
 
     def set_adapter(self, adapter: Choice) -> None:
         """Use another adapter, a committee of several, or None: the base model itself."""
         folders = [adapter] if adapter is None or isinstance(adapter, (str, Path)) else adapter
-        key = tuple(None if folder is None else Path(folder).resolve() for folder in folders)
+        self._factors: Mapping[str, float] | None = None
+        if len(folders) == 1 and committee.is_one(folders[0]):
+            together = committee.read(str(folders[0]))
+            folders, self._factors = together.members, together.factors
+        key = tuple(None if folder is None else places.resolved(folder) for folder in folders)
         if not key:
             raise ConfigError("a committee without adapters: give one or more, or None")
         if key not in self._calculators:
-            committee = [self._model(folder) for folder in key]
-            _check_committee(committee, key)
+            models = [self._model(folder) for folder in key]
+            _check_committee(models, key)
             settings = dict(self._settings)
             if not settings["default_dtype"]:
-                own = next(committee[0].parameters()).dtype
+                own = next(models[0].parameters()).dtype
                 settings["default_dtype"] = str(own).removeprefix("torch.")
-            self._calculators[key] = calculator(committee, self._skin, **settings)
+            self._calculators[key] = calculator(models, self._skin, **settings)
         self._current = self._calculators[key]
         self.adapter = adapter
         self.implemented_properties = list(dict.fromkeys(self._current.implemented_properties))
         self.reset()  # type: ignore[no-untyped-call]
 
-    def _model(self, folder: Path | None) -> torch.nn.Module:
+    def _model(self, folder: Path | str | None) -> torch.nn.Module:
         if folder not in self._merged:
             if folder is None:
                 model = deepcopy(self.base)
@@ -141,6 +148,12 @@ class MaceLoraCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
         self._current.calculate(self.atoms, properties, system_changes)
         self.results = dict(self._current.results)
+        if self._factors is not None:
+            spread = np.std(self.results["forces_comm"], axis=0, ddof=1)
+            variance = self.results["energy_var"] * len(self._current.models)
+            variance /= len(self._current.models) - 1  # MACECalculator divides by their number
+            self.results["energy_std"] = self._factors["energy"] * float(np.sqrt(variance))
+            self.results["forces_std"] = self._factors["forces"] * spread
 
     def check_state(self, atoms: ase.Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation: also what a model reads of `atoms.info`."""
@@ -230,7 +243,7 @@ def _same(one: object, other: object) -> bool:
     return bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
-def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | None, ...]) -> None:
+def _check_committee(committee: list[torch.nn.Module], key: tuple[Path | str | None, ...]) -> None:
     places = [(atomic_numbers(model), heads(model)) for model in committee]
     for place, folder in zip(places, key, strict=True):
         if place != places[0]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "check": "units, keys and oddities of labelled frames, before they are trained on",
     "tune": "which method, rank and learning rate suit your frames, by short runs",
     "trust": "whether a fine-tuned model holds away from its training frames",
+    "select": "which frames of a pool to label next, by the spread of a committee",
     "md": "molecular dynamics with a model, and whether it is sound",
     "doctor": "what is installed, what works, what doesn't, in plain words",
     "completion": "flags and files at the press of Tab, in bash and zsh",

@@ -19,6 +19,11 @@ def on_hub(place: str | Path) -> bool:
     return str(place).startswith("hf:/")
 
 
+def resolved(place: str | Path) -> str | Path:
+    """One and the same name for a place, however it is written."""
+    return str(place) if on_hub(place) else Path(place).resolve()
+
+
 @contextmanager
 def directory(place: str | Path, files: Sequence[str]) -> Iterator[Path]:
     """The directory with the files of an adapter, for as long as the block lasts.

@@ -57,6 +57,14 @@ class RunOptions:
         "solve E0s that were estimated again at each validation, on training frames, so that "
         "energies keep their mean while forces are learnt",
     )
+    members: int = option(
+        1,
+        "train a committee of so many adapters, which differ in their seeds, one after the other: "
+        "its spread tells how far predictions are to be trusted",
+    )
+    bootstrap: bool = option(
+        False, "with --members: each sees frames of its own, drawn with replacement"
+    )
     checkpoint_seconds: float = option(
         600.0, "seconds between checkpoints within a long epoch; 0: one after each step"
     )
