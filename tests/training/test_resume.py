@@ -101,8 +101,9 @@ def test_signals_of_batch_systems(tmp_path, flags, whole, caplog):
 
 
 @pytest.fixture
-def _ctrl_c_is_heard():
-    """Not so where the tests run in the background of a shell."""
+def _ctrl_c_is_heard(monkeypatch):
+    """Not so where the tests run in the background of a shell; and of which program."""
+    monkeypatch.setattr("sys.argv", ["mace_run_train"])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
