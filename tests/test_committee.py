@@ -12,7 +12,7 @@ from helpers.adapter_folders import make_adapter
 from helpers.frames import ethanol
 from helpers.running import here, run_command, tool_fails, tool_prints
 
-from mace_lora import MaceLoraCalculator
+from mace_lora import MaceLoraCalculator, finetune
 from mace_lora.commands.select import choose
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.model import committee
@@ -145,3 +145,6 @@ def test_members_need_frames_in_xyz_files(tmp_path, small_data, foundation):
     files = ["--train_file=train.h5", f"--valid_file={small_data['valid']}"]
     flags = [*files, f"--foundation_model={foundation}", "--name=a", "--lora=True"]
     assert "an .xyz file is needed" in here(tmp_path, *flags, "--members=2")
+    assert "--bootstrap is for committees" in here(tmp_path, *flags, "--bootstrap=True")
+    with pytest.raises(ConfigError, match="members has no place here"):
+        finetune(foundation, small_data["train"], members=2)

@@ -45,7 +45,7 @@ _ARGUMENTS = {
 # Where a run writes is one folder, and what it is started by is this function
 _NOT_HERE = (
     *("model_dir", "checkpoints_dir", "results_dir", "log_dir", "downloads_dir", "config"),
-    *("dry_run", "distributed", "launcher", "help", "version"),
+    *("dry_run", "distributed", "launcher", "help", "version", "members", "bootstrap"),
 )
 _DEFAULT_METHOD, _PRESET = "full", "balanced"
 

@@ -105,6 +105,10 @@ class RunOptions:
             raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
         if self.accumulate < 1:
             raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
+        if self.members < 1:
+            raise ConfigError(f"--members={self.members}: 1 or more is needed")
+        if self.bootstrap and self.members == 1:
+            raise ConfigError("--bootstrap is for committees: give --members=4, say")
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(f"--checkpoint_seconds={self.checkpoint_seconds}: 0 or more")
         Units.parse(self.units)
