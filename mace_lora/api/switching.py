@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
+import ase
 import torch
 
-from mace_lora.api import named
+from mace_lora.api import named, solving
 from mace_lora.api.files import load_adapter
-from mace_lora.errors import ArtefactError
+from mace_lora.errors import ArtefactError, ConfigError
+from mace_lora.frames.reading import read_atoms
 from mace_lora.model import artefact
 from mace_lora.model.description import describe, restore_constants
 from mace_lora.model.fingerprint import fingerprint
 from mace_lora.model.injection import check_model, inject
-from mace_lora.model.merging import unload
+from mace_lora.model.layers import find_sites
+from mace_lora.model.merging import merge, unload
+from mace_lora.upstream import predicting
+from mace_lora.upstream.types import Batch
 
 
 def set_adapter(
@@ -60,7 +65,9 @@ def set_adapter(
 
 
 def combine_adapters(
-    base: torch.nn.Module | str | Path, weights: Mapping[str | Path, float]
+    base: torch.nn.Module | str | Path,
+    weights: Mapping[str | Path, float],
+    frames: Mapping[str | Path, Sequence[ase.Atoms] | str | Path] | None = None,
 ) -> torch.nn.Module:
     """A plain model: the base plus the weighted sum of the updates of several adapters.
 
@@ -68,18 +75,27 @@ def combine_adapters(
     scale and shift, where the runs differ in them, become their mean weighted by w_i. To have the
     result as an adapter again, give it to `extract`.
 
+    Adapters interfere: a sum is not what either does. With `frames` the linear layers are solved
+    for what all adapters give there, each on its own frames (`solving`); the other weights get the
+    weighted mean.
+
     Args:
         base: the foundation model that all of them were trained from, as in `load_adapter`.
         weights: adapter directories and their weights, `{"a_adapter": 0.5, "b_adapter": 0.5}`.
+        frames: by adapter, frames of what it is for (some tens do, without labels), or a file.
 
     Raises:
-        ConfigError: no adapters, or weights that sum to zero where E0s, scale or shift differ.
+        ConfigError: no adapters, or weights that sum to zero where E0s, scale or shift differ;
+            with `frames`, weights that aren't above 0, or adapters without frames.
         ArtefactError: an adapter is of another base, or has other elements or heads.
         NotMergeable: an adapter depends on the input.
     """
     named.check_weights(weights)
+    if frames is not None:
+        _check_frames(weights, frames)
     start: torch.nn.Module | None = None
-    sums: dict[str, torch.Tensor] = {}
+    every: list[dict[str, torch.Tensor]] = []
+    seen: list[solving.Moments] = []
     descriptions = []
     for folder, weight in weights.items():
         model = load_adapter(base, folder)
@@ -93,11 +109,54 @@ def combine_adapters(
                 "different elements, heads or weights"
             )
         descriptions.append((weight, describe(model)))
-        named.add_up(sums, model, weight)
+        every.append({})
+        named.add_up(every[-1], model, 1.0)
+        if frames is not None:
+            seen.append(solving.moments(merge(model), _batches(frames[folder], model)))
     assert start is not None  # there is at least one adapter
-    _add(start, sums)
+    _add(start, _combined(start, every, list(weights.values()), seen))
     restore_constants(start, named.mean_constants(descriptions))
     return start
+
+
+def _check_frames(
+    weights: Mapping[str | Path, float],
+    frames: Mapping[str | Path, Sequence[ase.Atoms] | str | Path],
+) -> None:
+    if any(weight <= 0 for weight in weights.values()):
+        raise ConfigError(f"with frames all weights must be above 0, found {dict(weights)}")
+    for folder in weights:
+        if folder not in frames:
+            raise ConfigError(f"frames: none for {folder}; give some of what it was trained for")
+
+
+def _batches(frames: Sequence[ase.Atoms] | str | Path, model: torch.nn.Module) -> list[Batch]:
+    atoms = read_atoms(str(frames)) if isinstance(frames, (str, Path)) else list(frames)
+    if not atoms:
+        raise ConfigError(f"frames: {frames} holds none")
+    return [predicting.frames_to_batch(atoms[i : i + 10], model) for i in range(0, len(atoms), 10)]
+
+
+def _combined(
+    start: torch.nn.Module,
+    every: Sequence[Mapping[str, torch.Tensor]],
+    weights: Sequence[float],
+    seen: Sequence[solving.Moments],
+) -> dict[str, torch.Tensor]:
+    """The update of each weight: a sum, or with moments solved for, and else a mean."""
+    layouts = {site.name: site.layout for site in find_sites(start)[0]}
+    scale = 1 / sum(weights) if seen else 1.0
+    found = {}
+    for name in dict.fromkeys(name for updates in every for name in updates):
+        some = next(updates[name] for updates in every if name in updates)
+        own = [updates.get(name, torch.zeros_like(some)) for updates in every]
+        if seen and all(name in moments for moments in seen):
+            moments = [moments[name] for moments in seen]
+            found[name] = solving.solved(own, moments, weights, layouts[name])
+        else:
+            parts = [scale * w * u for w, u in zip(weights, own, strict=True)]
+            found[name] = torch.stack(parts).sum(0)
+    return found
 
 
 @torch.no_grad()
