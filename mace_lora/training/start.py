@@ -150,7 +150,7 @@ class Start:
         """mace-torch injects first and converts to other kernels after: that drops the adapters."""
         del rank, alpha  # they stand in the configuration
         args, config = self.run.asked.args, self.run.asked.config
-        self.run.unadapted = deepcopy(model)
+        self.run.unadapted = deepcopy(model).cpu()  # out of the way until the end
         if args.enable_cueq or args.enable_oeq:
             key = "to_cueq" if args.enable_cueq else "to_oeq"
             logging.info(f"Converting the model ({key}) before the adapters are attached")
