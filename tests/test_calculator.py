@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import ase
 import numpy as np
 import pytest
@@ -229,3 +231,14 @@ def test_an_element_that_the_adapter_does_not_know(base, tmp_path):
         water.get_potential_energy()
     water.calc.set_adapter(None)
     assert np.isfinite(water.get_potential_energy())
+
+
+def test_a_calculator_travels_to_other_processes(base, frames, tmp_path):
+    """Pickled with its atoms, as pools of workers do."""
+    atoms = frames[0].copy()
+    atoms.calc = MaceLoraCalculator(base, make_adapter(base, tmp_path / "one"))
+    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    there = pickle.loads(pickle.dumps(atoms))
+    there.calc.reset()
+    assert there.get_potential_energy() == pytest.approx(energy, rel=1e-12)
+    assert np.allclose(there.get_forces(), forces, rtol=1e-10, atol=1e-10)
