@@ -127,9 +127,7 @@ def by_data(n_frames: int, n_atoms: int, n_stress: int) -> dict[str, Choice]:
     if n_stress:
         why = f"{n_stress} training frames have a stress"
         found["loss"] = Choice("stress", why)
-        found["stress_weight"] = Choice(
-            10000.0, "a small number beside forces"
-        )
+        found["stress_weight"] = Choice(10000.0, "a small number beside forces")
         found["error_table"] = Choice("PerAtomRMSEstressvirials", why)
     return found
 
