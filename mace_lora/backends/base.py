@@ -94,6 +94,11 @@ class PerModel(Generic[Made]):
 
 
 def _modules_of(model: torch.nn.Module) -> Hashable:
-    """Changes when adapters are injected into `model` or merged, or when it is cast or moved."""
+    """Changes when adapters are injected into `model` or merged, or when it is cast or moved.
+
+    And when its coupling coefficients change, of which kernels are made; E0s are read at each step.
+    """
     parameter = next(model.parameters())
-    return parameter.dtype, parameter.device, *(id(module) for module in model.modules())
+    couplings = [(id(b), b._version) for n, b in model.named_buffers() if "U_matrix" in n]
+    modules = [id(module) for module in model.modules()]
+    return parameter.dtype, parameter.device, *modules, *couplings

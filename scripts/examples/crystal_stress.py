@@ -40,7 +40,9 @@ result = finetune(
     options.base, frames, valid_fraction=0.2, max_num_epochs=options.max_num_epochs, check=False
 )
 for row in result.errors:
-    print(f"{row['quantity']}: {row['before']:.1f} -> {row['after']:.1f} {row['unit']}")
+    print(
+        f"{row['set']}, {row['quantity']}: {row['before']:.1f} -> {row['after']:.1f} {row['unit']}"
+    )
 
 atoms = frames[0]
 atoms.calc = result.calculator()

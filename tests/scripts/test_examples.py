@@ -60,7 +60,7 @@ def test_own_loop(folder, monkeypatch, capsys):
 
 def test_finetune(folder, monkeypatch, capsys):
     said = example("finetune.py", monkeypatch, capsys, "train.xyz", "--max_num_epochs", 2)
-    assert float(said.partition("test: force RMSE ")[2].split()[0]) < 390  # of mini: 400 meV/A
+    assert float(said.partition("test: forces ")[2].split()[0]) < 390  # of mini: 400 meV/A
     assert float(said.partition("after 10 fs: ")[2].split()[0]) == pytest.approx(-4209.5, abs=1.0)
     saved = {path.name for path in (folder / "my_model").iterdir()}
     assert {"finetuned.model", "finetuned_adapter", "finetuned_report.html"} <= saved
@@ -69,7 +69,7 @@ def test_finetune(folder, monkeypatch, capsys):
 def test_crystal_stress(folder, monkeypatch, capsys):
     flags = ("--max_num_epochs", 3, "--frames", 10)
     said = example("crystal_stress.py", monkeypatch, capsys, *flags)
-    before, after = (float(w) for w in said.partition("stress RMSE: ")[2].split()[0:3:2])
+    before, after = (float(w) for w in said.partition("training, stress: ")[2].split()[0:3:2])
     assert after < 0.8 * before
     assert 1.0 < float(said.partition("volume per atom: ")[2].split()[0]) < 10.0
 

@@ -38,7 +38,7 @@ def test_quickstart(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "force RMSE" in done.stdout
+    assert "Before -> after training" in done.stdout
     for file in ("ethanol.model", "ethanol_compiled.model", "ethanol_learning_curve.png"):
         assert (tmp_path / file).exists()
         assert str(tmp_path / file) in done.stdout
