@@ -43,11 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with _door():
         args, config, options = parse(argv)
         check_files(args)
-        if options.members > 1:
-            from mace_lora.training import members
-
-            members.train(sys.argv[1:] if argv is None else argv, args, options)
-            return
         from mace_lora.training.run import run  # imports torch and mace
 
         run(args, config, options)

@@ -12,7 +12,7 @@ from pathlib import Path
 from mace_lora import parsing
 from mace_lora.api.result import Result
 from mace_lora.errors import ConfigError, MaceLoraError, Stopped
-from mace_lora.training import members, surroundings
+from mace_lora.training import surroundings
 from mace_lora.training.arguments import build_parser, check_files, parse
 from mace_lora.training.epochs.signals import EXIT_CODE, INTERRUPTED
 from mace_lora.training.record import Run
@@ -63,9 +63,6 @@ def call(argv: Sequence[str], again: str = "") -> Run | None:
     with surroundings.put_back(), _no_exit():
         args, config, options = parse([str(word) for word in argv], raises=True)
         check_files(args)
-        if options.members > 1:
-            members.train(argv, args, options)
-            return None
         return run(args, config, replace(options, again=again))
     return None  # after --help
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -26,8 +26,10 @@ from mace_lora.model.injection import (
 from mace_lora.model.merging import changes, check_mergeable, unload
 
 DEFAULT = "default"  # the name of an adapter that was given none
-UNNAMED = ""  # that of one from a directory, which is kept for as long as it is attached
+UNNAMED = ""  # that of one from a directory, which is kept until there is another
 _KEPT = "_mace_lora_adapters"
+# By name of a weight, how much it changes
+Updates = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -114,13 +116,18 @@ def choose(model: torch.nn.Module, weights: Mapping[str, float]) -> None:
     named = _of(model)
     _known(named, weights)
     check_weights(weights)
-    _keep(model, named)
-    before = dict(named.active)
-    try:
-        _attach(model, named, weights)
-    except MaceLoraError:
-        _attach(model, named, before)
-        raise
+    _switch(model, named, weights)
+
+
+def choose_directory(model: torch.nn.Module, folder: str | Path) -> None:
+    """Attach an adapter from a directory, in the place of what is attached.
+
+    Raises:
+        ArtefactError: the directory is broken, or its run started from another model.
+    """
+    content = fitting(model, folder)
+    new = _Stored(content.config, dict(content.tensors), content.model)
+    _switch(model, _of(model), {UNNAMED: 1.0}, {UNNAMED: new})
 
 
 def names(model: torch.nn.Module) -> list[str]:
@@ -170,16 +177,24 @@ def check_weights(weights: object) -> None:
             raise ConfigError(f"the weight of {adapter} must be a finite number, found {weight!r}")
 
 
-def add_up(sums: dict[str, torch.Tensor], model: torch.nn.Module, weight: float) -> None:
-    """Add to `sums`, by name of a weight, what the adapters of `model` change times `weight`.
+def updates(model: torch.nn.Module) -> Updates:
+    """What the adapters of `model` change, by name of a weight.
 
     Raises:
         NotMergeable: an adapter depends on the input.
     """
     check_mergeable(model)
-    for change in changes(model):
-        update = weight * change.update.detach()
-        sums[change.name] = sums[change.name] + update if change.name in sums else update
+    return {change.name: change.update.detach() for change in changes(model)}
+
+
+def weighted_sum(every: Sequence[Updates], weights: Sequence[float]) -> Updates:
+    """Of the updates of several adapters, some of which may leave a weight alone."""
+    sums: Updates = {}
+    for own, weight in zip(every, weights, strict=True):
+        for name, update in own.items():
+            part = weight * update
+            sums[name] = sums[name] + part if name in sums else part
+    return sums
 
 
 def mean_constants(descriptions: list[tuple[float, Description]]) -> Description:
@@ -222,18 +237,6 @@ def _of(model: torch.nn.Module) -> _Named:
     return named
 
 
-def keep(model: torch.nn.Module) -> None:
-    """Store the attached adapter as it is now, so that nothing that it has learnt is lost."""
-    _keep(model, _of(model))
-
-
-def forget(model: torch.nn.Module) -> None:
-    """What is attached now has no name."""
-    named = _of(model)
-    named.active = {UNNAMED: 1.0}
-    _keep(model, named)
-
-
 def _known(named: _Named, asked: Iterable[str]) -> None:
     known = [n for n in dict.fromkeys([*named.stored, *named.active]) if n != UNNAMED]
     for name in asked:
@@ -262,17 +265,39 @@ def _constants(model: torch.nn.Module) -> Description:
         return describe(model)
 
 
+def _switch(
+    model: torch.nn.Module,
+    named: _Named,
+    weights: Mapping[str, float],
+    new: Mapping[str, _Stored] | None = None,
+) -> None:
+    """Attach others, of those stored and the `new` ones; after an error all is as it was.
+
+    What the attached one has learnt is stored.
+    """
+    _keep(model, named)
+    active, stored = dict(named.active), dict(named.stored)
+    named.stored.update(new or {})
+    try:
+        _attach(model, named, weights)
+    except MaceLoraError:
+        named.stored = stored
+        _attach(model, named, active)
+        raise
+
+
 def _attach(model: torch.nn.Module, named: _Named, weights: Mapping[str, float]) -> None:
     if list(weights.values()) in ([], [1.0]):
         unload(model)
         for name in weights:
             _attach_one(model, named.stored[name])
     else:
-        sums: dict[str, torch.Tensor] = {}
-        for name, weight in weights.items():
+        every = []
+        for name in weights:
             unload(model)
             _attach_one(model, named.stored[name])
-            add_up(sums, model, weight)
+            every.append(updates(model))
+        sums = weighted_sum(every, list(weights.values()))
         unload(model)
         inject(model, AdapterConfig.create("full", targets=("all",)))
         for name, adapter in adapters(model):

@@ -64,7 +64,7 @@ class Result:
             folder=folder,
             history=_history(run),
             errors=_errors(run),
-            verdict=list(getattr(run, "judged", [])),
+            verdict=list(run.judged),
             files=files,
             temporary=temporary,
             _settings={"device": str(args.device), "default_dtype": args.default_dtype},
@@ -154,7 +154,7 @@ def _history(run: Run) -> list[Row]:
 def _errors(run: Run) -> list[Row]:
     rows = []
     for part in run.compared:
-        before, after = part.rows()[0]
+        before, after = part.rows[0]
         rows += [
             _row(part.kind, part.head, q, UNITS[q], before.rmse[q], after.rmse[q])
             for q in UNITS

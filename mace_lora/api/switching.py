@@ -13,10 +13,9 @@ from mace_lora.api import named, solving
 from mace_lora.api.files import load_adapter
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.frames.reading import read_atoms
-from mace_lora.model import artefact
 from mace_lora.model.description import describe, restore_constants
 from mace_lora.model.fingerprint import fingerprint
-from mace_lora.model.injection import check_model, inject
+from mace_lora.model.injection import check_model
 from mace_lora.model.layers import find_sites
 from mace_lora.model.merging import merge, unload
 from mace_lora.upstream import predicting
@@ -54,13 +53,7 @@ def set_adapter(
     elif str(adapter) in named.names(model):
         named.choose(model, {str(adapter): 1.0})
     else:
-        content = named.fitting(model, adapter)
-        named.keep(model)
-        unload(model)
-        restore_constants(model, content.model)
-        inject(model, content.config)
-        artefact.load_factors(model, content.tensors)
-        named.forget(model)
+        named.choose_directory(model, adapter)
     return model
 
 
@@ -94,7 +87,7 @@ def combine_adapters(
     if frames is not None:
         _check_frames(weights, frames)
     start: torch.nn.Module | None = None
-    every: list[dict[str, torch.Tensor]] = []
+    every: list[named.Updates] = []
     seen: list[solving.Moments] = []
     descriptions = []
     for folder, weight in weights.items():
@@ -109,8 +102,7 @@ def combine_adapters(
                 "different elements, heads or weights"
             )
         descriptions.append((weight, describe(model)))
-        every.append({})
-        named.add_up(every[-1], model, 1.0)
+        every.append(named.updates(model))
         if frames is not None:
             seen.append(solving.moments(merge(model), _batches(frames[folder], model)))
     assert start is not None  # there is at least one adapter
@@ -139,23 +131,20 @@ def _batches(frames: Sequence[ase.Atoms] | str | Path, model: torch.nn.Module) -
 
 def _combined(
     start: torch.nn.Module,
-    every: Sequence[Mapping[str, torch.Tensor]],
+    every: Sequence[named.Updates],
     weights: Sequence[float],
     seen: Sequence[solving.Moments],
-) -> dict[str, torch.Tensor]:
+) -> named.Updates:
     """The update of each weight: a sum, or with moments solved for, and else a mean."""
+    if not seen:
+        return named.weighted_sum(every, weights)
+    found = named.weighted_sum(every, [w / sum(weights) for w in weights])
     layouts = {site.name: site.layout for site in find_sites(start)[0]}
-    scale = 1 / sum(weights) if seen else 1.0
-    found = {}
-    for name in dict.fromkeys(name for updates in every for name in updates):
-        some = next(updates[name] for updates in every if name in updates)
-        own = [updates.get(name, torch.zeros_like(some)) for updates in every]
-        if seen and all(name in moments for moments in seen):
+    for name, some in found.items():
+        if all(name in moments for moments in seen):
+            own = [updates.get(name, torch.zeros_like(some)) for updates in every]
             moments = [moments[name] for moments in seen]
             found[name] = solving.solved(own, moments, weights, layouts[name])
-        else:
-            parts = [scale * w * u for w, u in zip(weights, own, strict=True)]
-            found[name] = torch.stack(parts).sum(0)
     return found
 
 

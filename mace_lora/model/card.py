@@ -39,8 +39,7 @@ def text(content: Mapping[str, Any], sections: Sections | None = None) -> str:
     parts = [
         "\n".join(["---", f"base_model: {Path(name).name}", _OURS, "tags: [mace, lora]", "---"]),
         "# Adapter of a MACE model",
-        "A change of a foundation model's weights, for [mace-lora](https://pypi.org/project/"
-        "mace-lora/). It is nothing without its base.",
+        "A change of a foundation model's weights, for mace-lora. It is nothing without its base.",
         "\n".join(f"- {fact}" for fact in facts),
         _use(Path(name).name),
         *(f"## {heading}\n\n{body}" for heading, body in (sections or {}).items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Compared:
     before: Values
     after: Values
 
+    @cached_property
     def rows(self) -> list[tuple[Errors, Errors]]:
         """Errors before and after: of all frames, by configuration type and by element."""
         both = errors(self.frames, self.before), errors(self.frames, self.after)
@@ -89,16 +91,22 @@ def _labelled(
                 name = kind if len(sets) == 1 else f"{kind}, {head}"
                 found.append((kind, head, frames_of(atoms, name)))
     if isinstance(args.test_file, str) and args.test_file.endswith(".xyz"):
-        asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
-        factors = units.factors(args.test_file)
-        test = read_frames(args.test_file, asked, most=MOST_FRAMES, factors=factors)
+        test = read_as_flagged(args, args.test_file, units, MOST_FRAMES)
         found.append((TEST, list(valid_sets)[-1], test))
     return found
 
 
+def read_as_flagged(
+    args: argparse.Namespace, path: str, units: Units, most: int | None = None
+) -> LabelledFrames:
+    """Frames of a file under the keys and in the units that the flags of a run say."""
+    asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
+    return read_frames(path, asked, most=most, factors=units.factors(path))
+
+
 def table(sets: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows: RMSE of each set, `before -> after` for each quantity with labels."""
-    all_of = [(s.name, *s.rows()[0]) for s in sets]
+    all_of = [(s.name, *s.rows[0]) for s in sets]
     used = [q for q in UNITS if any(q in after.rmse for _, _, after in all_of)]
     heading = ["RMSE", "frames", *(f"{q}, {UNITS[q]}" for q in used)]
     rows = [

@@ -93,7 +93,7 @@ def _results(page: Page, sets: Sequence[Compared]) -> None:
             *(before_after(before, after, q) for q in UNITS),
         ]
         for part in sets
-        for before, after in part.rows()[1:]
+        for before, after in part.rows[1:]
     ]
     used = [i for i in range(len(UNITS)) if any(row[3 + i] for row in detailed)]
     if used:

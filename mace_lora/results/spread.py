@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mace_lora.errors import ConfigError
+from mace_lora.results import labelled
 from mace_lora.results.labelled import Array, LabelledFrames, Values
 
 QUANTITIES = ("energy", "forces")
@@ -33,7 +34,7 @@ class Reliability:
 
 def mean(members: Sequence[Values]) -> Values:
     """What a committee predicts."""
-    return Values(*(np.mean([getattr(m, q) for m in members], axis=0) for q in _FIELDS))
+    return Values(*(np.mean([getattr(m, q) for m in members], axis=0) for q in labelled.QUANTITIES))
 
 
 def deviations(members: Sequence[Values]) -> dict[str, Array]:
@@ -81,6 +82,3 @@ def reliability(
             float(np.sqrt((size**2).mean())),
         )
     return found
-
-
-_FIELDS = ("energy", "forces", "stress")

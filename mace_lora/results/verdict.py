@@ -92,7 +92,7 @@ def _worse_elsewhere(sets: Sequence[Compared], trained: Sequence[str]) -> list[s
     """Of frames that the best epoch was not chosen by, where validation says all is well."""
     found = []
     for part in sets:
-        before, after = part.rows()[0]
+        before, after = part.rows[0]
         found += [
             f"{quantity} of {part.name} got worse, {before_after(before, after, quantity)} "
             f"{UNITS[quantity]}"

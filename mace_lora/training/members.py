@@ -16,14 +16,14 @@ import torch
 
 from mace_lora.errors import ConfigError, MaceLoraError
 from mace_lora.files import whole_file, whole_folder
-from mace_lora.frames.keys import DEFAULTS
 from mace_lora.frames.reading import read_atoms
 from mace_lora.frames.units import Units
 from mace_lora.model import committee
 from mace_lora.model.description import heads as heads_of
 from mace_lora.results import spread
+from mace_lora.results.compared import read_as_flagged
 from mace_lora.results.evaluation import predict_values
-from mace_lora.results.labelled import LabelledFrames, Values, read_frames, with_inputs
+from mace_lora.results.labelled import LabelledFrames, Values, with_inputs
 from mace_lora.training.options import RunOptions
 from mace_lora.upstream.inputs import inputs_of
 
@@ -34,14 +34,13 @@ class MemberFailed(MaceLoraError):
     """A run of a committee ended with an error, which is on the terminal."""
 
 
-def train(argv: Sequence[str], args: argparse.Namespace, options: RunOptions) -> Path:
+def train(args: argparse.Namespace, options: RunOptions) -> Path:
     """Train the members in processes of their own, gather and calibrate them.
 
     All members see the same validation frames. Interrupted, the same command goes on, with
     `--restart_latest`.
 
     Args:
-        argv: the command line.
         args, options: what it says.
 
     Returns:
@@ -59,7 +58,13 @@ def train(argv: Sequence[str], args: argparse.Namespace, options: RunOptions) ->
     for number in range(1, options.members + 1):
         name, seed = f"{args.name}_{number}", args.seed + number - 1
         frames = _drawn(training, folder, number, seed) if options.bootstrap else training
-        flags = [*argv, f"--name={name}", f"--seed={seed}", "--members=1", "--bootstrap=False"]
+        flags = [
+            *options.argv,
+            f"--name={name}",
+            f"--seed={seed}",
+            "--members=1",
+            "--bootstrap=False",
+        ]
         flags += [f"--train_file={frames}", f"--valid_file={validation}"]
         print(f"Member {number} of {options.members}: {name}", flush=True)
         command = [sys.executable, "-m", "mace_lora", "train", *flags]
@@ -161,8 +166,7 @@ def _predicted(
     models: Sequence[torch.nn.Module],
     path: Path,
 ) -> tuple[LabelledFrames, list[Values]]:
-    asked = {q: getattr(args, f"{q}_key", key) for q, key in DEFAULTS.items()}
-    factors = Units.parse(options.units).factors(str(path))
-    frames = with_inputs(read_frames(path, asked, factors=factors), inputs_of(models[0]))
+    units = Units.parse(options.units)
+    frames = with_inputs(read_as_flagged(args, str(path), units), inputs_of(models[0]))
     heads = [heads_of(models[0])[-1]] * len(frames.atoms)
     return frames, [predict_values(m, frames, heads, args.valid_batch_size) for m in models]

@@ -111,7 +111,6 @@ class Run:
     injected: InjectionReport
     trained: Trained
     saved: Saved
-    judged: list[str]
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -120,6 +119,7 @@ class Run:
         self.evaluated: list[tuple[Dataset, Mapping[str, float]]] = []
         self.estimated: set[str] = set()
         self.compared: list[Compared] = []
+        self.judged: list[str] = []
         self.chosen: dict[str, Choice] = dict(asked.options.chosen)
 
     def __getattr__(self, name: str) -> NoReturn:

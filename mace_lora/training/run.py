@@ -11,7 +11,7 @@ import torch
 
 from mace_lora.config import AdapterConfig
 from mace_lora.frames.energies import gaps_told
-from mace_lora.training import defaults, flags, losses, metrics, start, summary
+from mace_lora.training import defaults, flags, losses, members, metrics, start, summary
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
 from mace_lora.training.epochs.computing import Computing
@@ -37,6 +37,9 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
         MaceLoraError: before any training, for whatever is wrong with flags, files or models; and
             at the end, if the merged model does not predict what the adapted one does.
     """
+    if options.members > 1:
+        members.train(args, options)
+        return None
     upstream.check()
     if config is None:
         model = loading.load(MINI) if args.foundation_model == MINI else None

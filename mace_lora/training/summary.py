@@ -31,15 +31,14 @@ def write(run: Run) -> None:
     """
     if not hasattr(run, "trained"):  # --dry_run
         return
-    judged: list[str] = []
     if run.trained.history:
         run.compared = _compare(run) if hasattr(run, "saved") else []
-        judged = run.judged = _judge(run)
+        run.judged = _judge(run)
         _log_errors(run)
     if hasattr(run, "saved"):
         _write_settings(run)
         _write_cards(run)
-        _write_page(run, judged)
+        _write_page(run)
     logging.info(f"Wall time: {_spelt(time.monotonic() - run.began)}")
     for file, meaning in files_left(run).items():
         logging.info(f"  {file}: {meaning}")
@@ -139,7 +138,7 @@ def _write_cards(run: Run) -> None:
                 logging.warning(f"no card of the adapter: {error}")
 
 
-def _write_page(run: Run, judged: list[str]) -> None:
+def _write_page(run: Run) -> None:
     try:
         run_page.write(
             run.asked.args,
@@ -152,7 +151,7 @@ def _write_page(run: Run, judged: list[str]) -> None:
             run.compared,
             lambda: files_left(run),
             _trust(run),
-            judged,
+            run.judged,
         )
     except Exception as error:  # the models are saved, and a page is no reason to fail
         logging.warning(f"no report: {type(error).__name__}: {error}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from ase import Atoms, units
 from ase.md.langevin import Langevin
@@ -159,7 +160,12 @@ def drift(path: Path) -> float:
     """
     if path.trouble:
         return float("inf")
-    return abs(float(np.polyfit(path.times, path.values, 1)[0]))
+    return abs(slope(path.times, path.values))
+
+
+def slope(times: npt.ArrayLike, values: npt.ArrayLike) -> float:
+    """Of the straight line through values that are equally certain."""
+    return float(np.polyfit(np.asarray(times), np.asarray(values), 1)[0])
 
 
 def steps(ps: float, step_fs: float = STEP_FS) -> int:

@@ -80,7 +80,7 @@ class Run:
         if self.length_ps < SHORTEST_NVE or len(self.samples) < 3:
             return None
         times, energies = self.column("time_ps"), self.column("total_eV")
-        return 1e3 * float(np.polyfit(times, energies, 1)[0]) / self.n_atoms
+        return 1e3 * dynamics.slope(times, energies) / self.n_atoms
 
     def mean_kelvin(self) -> float:
         """Over the second half."""

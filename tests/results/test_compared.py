@@ -59,7 +59,7 @@ def test_the_table_has_rmse_before_and_after(frames):
 def test_parts_are_configuration_types_and_elements(frames):
     hot = np.repeat(frames.groups == "hot", [len(a) for a in frames.atoms])
     after = replace(frames.labels, forces=frames.labels.forces + 0.05 * hot[:, None])
-    found = {a.name: a.rmse["forces"] for _, a in compared(frames, after, after).rows()}
+    found = {a.name: a.rmse["forces"] for _, a in compared(frames, after, after).rows}
     assert found["hot"] == pytest.approx(50)
     assert found["warm"] == 0
     assert {"H", "C", "O"} <= set(found)
