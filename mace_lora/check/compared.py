@@ -28,6 +28,7 @@ class Compared:
 
     Attributes:
         places: (n,), the frames' numbers in the file.
+        kinds: (n,), what the file says that they are: head and type.
         elements: atomic numbers, those of the first columns of `counts`.
         sizes: (n,), atoms of each.
         counts: (n, k), atoms of each element, and the total charge where it differs.
@@ -40,6 +41,7 @@ class Compared:
     """
 
     places: list[int]
+    kinds: list[str]
     elements: list[int]
     sizes: npt.NDArray[np.int64]
     counts: Array
@@ -119,6 +121,7 @@ def _compared(
     present = {int(z) for f in frames for z in f.atomic_numbers}
     return Compared(
         places=[int(file.place(i)) for i in kept],
+        kinds=[file.kind(i) for i in kept],
         elements=sorted(present),
         sizes=sizes,
         counts=composition(frames),

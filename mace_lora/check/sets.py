@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from ase import Atoms
 from scipy.spatial import cKDTree
 
@@ -19,7 +20,7 @@ _OTHER_LABEL = 1e-3  # eV per atom, between the same frame twice
 _Z = 12.0  # robust standard deviations
 _ENERGY_LEAST, _FORCE_LEAST = 0.3, 20.0  # eV per atom, eV/A: less is no outlier
 _NET_PART, _NET_LEAST = 0.2, 0.2  # of the root of the sum of squares, and eV/A
-_OFFSET = 0.1  # eV per atom, between files
+_OFFSET = 0.1  # eV per atom, between files or heads
 _ENOUGH = 20  # frames, to say what is usual
 _FAR = 8.0  # times the 90 % quantile of distances to the nearest frame
 _MOST_ATOMS = 400_000  # of which shapes are computed
@@ -245,34 +246,57 @@ def shape(frame: Configuration) -> Array:
     )
 
 
-# ---------------------------------------------------------------------- between files
+# ---------------------------------------------------------------------- between files and heads
 
 
 def offsets(compared: Sequence[tuple[str, Compared]]) -> Iterator[Finding]:
-    """Files whose energies are counted from other E0s than those of the others, beside what is
-    linear in composition.
+    """Files, and heads and types of frames within a file, whose energies are counted from other
+    E0s than those of the others, beside what is linear in composition.
 
     Args:
-        compared: path and sample of each file; nothing is said where their elements differ.
+        compared: path and sample of each file; of files nothing is said where elements differ.
     """
-    usable = [(p, c) for p, c in compared if np.isfinite(c.energy).sum() > 1]
-    if len({(tuple(c.elements), c.counts.shape[1]) for _, c in usable}) != 1 or len(usable) < 2:
-        return
-    left = [(c.energy - c.predicted_energy) / c.sizes for _, c in usable]
-    shares = np.concatenate([c.counts / c.sizes[:, None] for _, c in usable])
-    everything = np.concatenate(left)
-    known = np.isfinite(everything)
-    fit = np.linalg.lstsq(shares[known], everything[known], rcond=None)[0]
-    means, spreads = [], []
-    for (_, c), values in zip(usable, left, strict=True):
-        rest = values - (c.counts / c.sizes[:, None]) @ fit
-        rest = rest[np.isfinite(rest)]
-        means.append(float(np.median(rest)))
-        spreads.append(float(np.median(np.abs(rest - np.median(rest)))))
-    if np.ptp(means) < max(_OFFSET, 10 * max(spreads)):
-        return
-    order = np.argsort(means)
-    low, high = usable[order[0]][0], usable[order[-1]][0]
-    why = f"energies lie {np.ptp(means):.3g} eV per atom above those of {low}"
     remedy = "of another theory or other E0s? Then train them as heads of their own (--heads)"
-    yield Finding(DOUBT, "offset", high, why, remedy=remedy)
+    for path, c in compared:
+        kinds = np.array(c.kinds)
+        found = _offset(
+            [(kind or "no head or type", c, kinds == kind) for kind in sorted(set(c.kinds))]
+        )
+        if found is not None:
+            low, high, by = found
+            of = np.flatnonzero(kinds == high)
+            why = f"energies of frames of {high} lie {by:.3g} eV per atom above those of {low}"
+            yield Finding(DOUBT, "offset", path, why, tuple(c.places[i] for i in of), remedy)
+    if len({(tuple(c.elements), c.counts.shape[1]) for _, c in compared}) == 1:
+        found = _offset([(path, c, np.ones(len(c.sizes), dtype=bool)) for path, c in compared])
+        if found is not None:
+            low, high, by = found
+            why = f"energies lie {by:.3g} eV per atom above those of {low}"
+            yield Finding(DOUBT, "offset", high, why, remedy=remedy)
+
+
+def _offset(
+    groups: Sequence[tuple[str, Compared, npt.NDArray[np.bool_]]],
+) -> tuple[str, str, float] | None:
+    """The lowest and the highest of groups of frames, and by how much, in eV per atom; if at all.
+
+    Args:
+        groups: name, sample, and which frames of it.
+    """
+    named = []
+    for name, c, of in groups:
+        of = of & np.isfinite(c.energy)
+        shares = c.counts[of] / c.sizes[of, None]
+        named.append((name, shares, (c.energy - c.predicted_energy)[of] / c.sizes[of]))
+    named = [group for group in named if len(group[1]) > 1]
+    if len(named) < 2:
+        return None
+    shares = np.concatenate([group[1] for group in named])
+    fit = np.linalg.lstsq(shares, np.concatenate([group[2] for group in named]), rcond=None)[0]
+    rests = [left - shares @ fit for _, shares, left in named]
+    means = [float(np.median(rest)) for rest in rests]
+    spreads = [float(np.median(np.abs(rest - np.median(rest)))) for rest in rests]
+    if np.ptp(means) < max(_OFFSET, 10 * max(spreads)):
+        return None
+    order = np.argsort(means)
+    return named[order[0]][0], named[order[-1]][0], float(np.ptp(means))

@@ -2,8 +2,8 @@
 
 Keys and the flags that they need; units and signs of energies, forces, stresses and virials, found
 by comparing them with what the base model predicts; duplicates, frames in two files, outliers, net
-forces, mixed periodicity, isolated atoms, offsets between files. Errors, with which training would
-be wrong, give exit code 1; doubts are for you to judge.
+forces, mixed periodicity, isolated atoms, offsets between files, heads and types of frames. Errors,
+with which training would be wrong, give exit code 1; doubts are for you to judge.
 """
 
 from __future__ import annotations

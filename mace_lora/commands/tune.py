@@ -50,13 +50,14 @@ def run(options: argparse.Namespace) -> Data:
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output={folder}: a folder is needed")
-    from mace_lora.tuning import page, search
+    from mace_lora.tuning import page, search, trials
 
     frames, n_atoms, files, validation = _split(folder, train, valid)
     short = {k: v for k, v in settings.items() if k not in _IN_THE_WAY}
     short |= {"valid_file": str(validation.resolve()), "protect": settings.get("protect", False)}
     shown = None if options.json else lambda tried: say(_line(tried))
-    runs = search.Search(folder / "runs", short, files, n_atoms, shown or (lambda _: None))
+    at_once = trials.at_once(str(settings.get("device", "cpu")))
+    runs = search.Search(folder / "runs", short, files, n_atoms, shown or (lambda _: None), at_once)
     tried = runs.halve(search.candidates())
     by_frames = runs.by_frames(tried[-1].candidate)
     said = would_more_help(by_frames)

@@ -131,6 +131,16 @@ class XyzFrames:
         """0-based, as in ase.io.read(path, index)."""
         return str(self._numbers[number])
 
+    def kind(self, number: int) -> str:
+        """What the file says a frame is: its `head`, where it has one, and its `config_type`."""
+        head, frame = (
+            self._atoms[self._numbers[number]].info.get(_HEAD),
+            self._configurations[number],
+        )
+        kinds = {"head": head, "config_type": frame.config_type}
+        told = {k: v for k, v in kinds.items() if v not in (None, "", labels.DEFAULT_TYPE)}
+        return ", ".join(f"{name}={value}" for name, value in told.items())
+
     def called(self, label: str) -> str:
         return f"{label} (key {self.keys.get(label, label)!r})"
 

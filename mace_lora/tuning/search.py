@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mace_lora.adapters.registry import options_of
@@ -62,6 +64,7 @@ class Search:
         files: training files by their number of frames; the largest has all.
         n_atoms: of all training frames.
         say: told of each run that is done.
+        at_once: how many runs, each in a process of its own.
     """
 
     folder: Path
@@ -69,12 +72,14 @@ class Search:
     files: Mapping[int, Path]
     n_atoms: int
     say: Callable[[Tried], None]
+    at_once: int = 1
 
     def halve(self, tried: Sequence[Candidate]) -> list[Tried]:
         """All candidates for a short while, the best of them for longer; best last."""
-        first = [self._try(candidate, STEPS[0], max(self.files)) for candidate in tried]
+        everything = max(self.files)
+        first = self._each([partial(self._try, c, STEPS[0], everything) for c in tried])
         best = sorted(first, key=lambda t: t.outcome.score)[: max(1, math.ceil(KEPT * len(first)))]
-        second = [self._try(t.candidate, STEPS[1], max(self.files)) for t in best]
+        second = self._each([partial(self._try, t.candidate, STEPS[1], everything) for t in best])
         return [*first, *sorted(second, key=lambda t: -t.outcome.score)]
 
     def by_frames(self, candidate: Candidate) -> list[Tried]:
@@ -82,7 +87,17 @@ class Search:
 
         All are trained for as many steps: what differs is what they have seen.
         """
-        return [self._try(candidate, STEPS[1], n) for n in sorted(self.files)]
+        return self._each([partial(self._try, candidate, STEPS[1], n) for n in sorted(self.files)])
+
+    def _each(self, runs: Sequence[Callable[[], Tried]]) -> list[Tried]:
+        """`at_once` of them beside each other; in their order. The first that fails ends it."""
+        with ThreadPoolExecutor(self.at_once) as workers:
+            waiting = [workers.submit(run) for run in runs]
+            try:
+                return [run.result() for run in waiting]
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
 
     def _try(self, candidate: Candidate, steps: int, frames: int) -> Tried:
         batch = recipes.by_data(frames, frames * self.n_atoms // max(self.files), 0)["batch_size"]
@@ -96,7 +111,8 @@ class Search:
             "max_num_epochs": epochs,
         }
         name = "-".join(str(v) for v in candidate.flags.values())
-        outcome = train(self.folder / f"{name}-{steps}-steps-{frames}-frames", flags)
+        folder = self.folder / f"{name}-{steps}-steps-{frames}-frames"
+        outcome = train(folder, flags, self.at_once)
         done = Tried(candidate, steps, frames, outcome)
         self.say(done)
         return done

@@ -46,8 +46,21 @@ class Outcome:
         return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def train(folder: Path, settings: Mapping[str, object]) -> Outcome:
+def at_once(device: str) -> int:
+    """How many runs are made beside each other: one for each core of a CPU, up to four.
+
+    A small model on small frames keeps one core busy, and no second one.
+    """
+    return min(4, os.cpu_count() or 1) if device == "cpu" else 1
+
+
+def train(folder: Path, settings: Mapping[str, object], at_once: int = 1) -> Outcome:
     """Run `mace_run_train` with these flags in `folder`, or go on with it, or know it from before.
+
+    Args:
+        folder: where it runs.
+        settings: its flags.
+        at_once: so many such runs share the cores.
 
     Raises:
         TrialFailed: with the last lines of its output.
@@ -57,19 +70,20 @@ def train(folder: Path, settings: Mapping[str, object]) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         config = yaml.safe_dump({**settings, "name": "run", "seed": _SEED, "plot": False})
         (folder / "config.yaml").write_text(config)
-        _run(folder)
+        _run(folder, at_once)
         with whole_file(done) as new:
             new.write_text(json.dumps(_errors(folder)))
     return Outcome(**json.loads(done.read_text()))
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, at_once: int) -> None:
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
     command = [sys.executable, "-m", "mace_lora", "train", "--config=config.yaml"]
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
         code = subprocess.run(
             [*command, "--restart_latest"],
             cwd=folder,
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            env={**threads, **os.environ, "PYTHONWARNINGS": "ignore"},
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,

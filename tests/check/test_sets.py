@@ -107,3 +107,19 @@ def test_offsets_between_files(read, shift):
     for finding in findings:
         assert Path(finding.path).name == "1.xyz"
         assert np.isclose(float(finding.why.split()[2]), shift, atol=0.05)
+
+
+@pytest.mark.parametrize("key", ["head", "config_type"])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_offsets_within_a_file(read, key, shift):
+    model, frames = loading.load("mini"), ethanol("train", 20)
+    for i, frame in enumerate(frames):
+        frame.info[key] = "r2scan" if i % 3 == 0 else "pbe"
+        frame.info["REF_energy"] += shift * len(frame) * (i % 3 == 0)
+    (file,) = read(frames)
+    findings = list(sets.offsets([(file.path, compare(file, range(20), model))]))
+    assert len(findings) == (shift > 0)
+    for finding in findings:
+        assert finding.frames == tuple(range(0, 20, 3))
+        assert f"{key}=r2scan lie 0.5" in finding.why
+        assert f"{key}=pbe" in finding.why
