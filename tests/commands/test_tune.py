@@ -35,7 +35,7 @@ def test_the_best_third_is_trained_longer_and_the_best_of_those_wins(tmp_path, m
     late = {"c0": 0.4, "c1": 0.3, "c2": 0.35}
     made = []
 
-    def train(folder, flags):
+    def train(folder, flags, at_once):
         name = flags["adapter"]
         made.append((name, flags["max_num_epochs"]))
         return outcome(early[name] if flags["max_num_epochs"] == 40 else late[name])
