@@ -60,7 +60,7 @@ ELSEWHERE = {
         "tests/scripts/test_examples.py",
         '"crystal_stress.py"',
     ),
-    "sbatch scripts/slurm/one_gpu.sbatch": ("tests/scripts/test_slurm.py", "one_gpu.sbatch"),
+    "sbatch '$(mace_lora slurm)/one_gpu.sbatch'": ("tests/scripts/test_slurm.py", "one_gpu.sbatch"),
     "scripts/reproduce.sh": ("tests/scripts/test_reproduction.py", '"reproduce.py"), "rmd17"'),
     "python scripts/study.py": ("tests/scripts/test_scripts.py", "def test_study"),
     "FUZZ_EXAMPLES=3000 pytest": ("tests/test_fuzz.py", "FUZZ_EXAMPLES"),
@@ -146,7 +146,8 @@ def understood(words: list[str], only_parse, monkeypatch) -> None:
             create_lammps_model.main()
     elif program == "sbatch":
         place = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
-        script = (ROOT / rest[place]).read_text()
+        packaged = str(ROOT / "mace_lora" / "data" / "slurm")
+        script = (ROOT / rest[place].replace("$(mace_lora slurm)", packaged)).read_text()
         flags = [f for f in rest[place + 1 :] if f != "..."]
         if "reproduce.sh rmd17" in script:
             understood(["scripts/reproduce.sh", "rmd17", *flags], only_parse, monkeypatch)
@@ -196,7 +197,7 @@ def test_every_command_is_understood(document, command, only_parse, monkeypatch)
         ("mace_lora merge --base mini --adapter a --out m.model --strength 2", "strength"),
         ("python scripts/study.py init --out a --epoch_number=2", "epoch_number"),
         ("scripts/reproduce.sh rmd17 aspirin --adapter=mmea --devise=cuda", "devise"),
-        ("sbatch scripts/slurm/one_gpu.sbatch --nmae=my_model", "nmae"),
+        ('sbatch "$(mace_lora slurm)/one_gpu.sbatch" --nmae=my_model', "nmae"),
         ("torchrun -m mace_lora train --config=configs/finetune.yaml --eppochs=3", "eppochs"),
         ("python scripts/bench_steps.py --frames a.xyz", "bench_steps.py"),
     ],

@@ -33,6 +33,7 @@ COMMANDS = {
     "trust": "whether a fine-tuned model holds away from its training frames",
     "select": "which frames of a pool to label next, by the spread of a committee",
     "md": "molecular dynamics with a model, and whether it is sound",
+    "slurm": "where the batch scripts for SLURM are",
     "doctor": "what is installed, what works, what doesn't, in plain words",
     "completion": "flags and files at the press of Tab, in bash and zsh",
 }

@@ -12,9 +12,12 @@ import ase.io
 import pytest
 from helpers import slurm_cluster
 from helpers.frames import DATA
+from helpers.running import tool_prints
+
+import mace_lora
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts" / "slurm"
+PACKAGED = Path(mace_lora.__file__).parent / "data" / "slurm"
 ETHANOL = 3  # place in the list of molecules of array.sbatch
 
 
@@ -31,19 +34,18 @@ def cluster(tmp_path_factory):
 def submit(cluster, tmp_path):
     """`submit(script, arguments)`: as a user does from the repository, but without a GPU."""
 
-    def sbatch(options: list[str], script: str, *arguments: str, **environment: str) -> str:
+    def sbatch(options: list[str], script: str, *arguments: str, folder: Path | None = None) -> str:
         return cluster.run(
             *("sbatch", "--parsable", "--gres=none", "--cpus-per-task=1"),
             f"--output={tmp_path}/%x_%j.log",
             *options,
-            str(SCRIPTS / script),  # an absolute path stays as it is
+            script,
             *arguments,
-            cwd=ROOT,
+            cwd=folder or ROOT,
             DEVICE="cpu",
             OMP_NUM_THREADS="1",
             VIRTUAL_ENV=os.environ.get("VIRTUAL_ENV", sys.prefix),
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            **environment,
         )
 
     return sbatch
@@ -68,7 +70,7 @@ def test_a_task_of_the_array_is_requeued_and_goes_on(cluster, submit, tmp_path):
     out = tmp_path / "out"
     job = submit(
         [f"--array={ETHANOL}"],
-        "array.sbatch",
+        "scripts/slurm/array.sbatch",
         *("--adapter=lora", "--foundation_model=mini", f"--data_dir={tmp_path}/originals"),
         *(f"--out={out}", "--train_frames=5", "--max_num_epochs=40", "--swa=False"),
     )
@@ -90,7 +92,7 @@ def test_only_the_task_that_was_stopped_is_requeued(cluster, submit, tmp_path):
     """One task of an array has the array's own number: by that, all tasks would be requeued."""
     script = tmp_path / "job.sh"
     script.write_text(f"""#!/bin/bash
-        . {SCRIPTS}/requeue.sh
+        . {PACKAGED}/requeue.sh
         run_or_requeue bash -c 'trap "exit 75" USR1; touch {tmp_path}/$SLURM_ARRAY_TASK_ID
             while [ -z "$SLURM_RESTART_COUNT" ]; do sleep 0.1; done'
     """)
@@ -108,8 +110,13 @@ def test_only_the_task_that_was_stopped_is_requeued(cluster, submit, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_is_no_reason_to_requeue(cluster, submit, tmp_path):
-    job = submit([], "one_gpu.sbatch", "--name=x", "--train_file=none.xyz", "--lora=True")
+def test_a_failure_is_no_reason_to_requeue(cluster, submit, tmp_path, capsys):
+    """From a folder that is not the repository, by the script that comes with the package."""
+    script = tool_prints(capsys, "slurm").strip() + "/one_gpu.sbatch"
+    flags = ("--name=x", "--train_file=none.xyz", "--lora=True")
+    job = submit([], script, *flags, folder=tmp_path)
     found = cluster.wait(job, "COMPLETED", "FAILED")
     assert found["JobState"] == "FAILED"
     assert found["Restarts"] == "0"
+    (log,) = (path.read_text() for path in tmp_path.glob("mace_lora_*.log"))
+    assert "none.xyz" in log

@@ -48,11 +48,3 @@ requeue() {
     scontrol requeue "$job"
     sleep 60 # until SLURM ends this script: its own exit would count as the end of the job
 }
-
-# The environment that scripts/reproduce.sh or scripts/quickstart.sh made, or the one that is active
-activate_environment() {
-    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f "${VENV:-.venv}/bin/activate" ]; then
-        # shellcheck disable=SC1091
-        . "${VENV:-.venv}/bin/activate"
-    fi
-}
