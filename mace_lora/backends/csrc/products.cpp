@@ -62,15 +62,79 @@ struct Groups {
   }
 };
 
-// a[i][k] = sum_j coefficient(i, j, k) y[j]: what one path does to x, for one edge
-template <typename T>
+// a[i][k] = sum_j coefficient(i, j, k) y[j]: what one path does to x, for one edge; or a[k][i]
+template <typename T, bool BY_K>
 void path_matrix(const Path& p, const Entry* entries, const T* values, const T* y, T* a) {
   std::memset(a, 0, sizeof(T) * p.nx * p.nout);
-  for (Index t = p.first; t < p.last; ++t)
-    a[entries[t].i * p.nout + entries[t].k] += values[t] * y[p.y + entries[t].j];
+  for (Index t = p.first; t < p.last; ++t) {
+    const Entry& m = entries[t];
+    a[BY_K ? m.k * p.nx + m.i : m.i * p.nout + m.k] += values[t] * y[p.y + m.j];
+  }
 }
 
 constexpr Index MAX_MATRIX = 32 * 32;  // (2 l + 1)^2 up to l = 15
+
+// Some channels in a vector register, of AVX or, where there is none, of whatever there is
+constexpr Index VECTOR = 32, REGISTERS = 4;  // bytes; vectors that are summed beside each other
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(VECTOR)));
+  static constexpr Index lanes = VECTOR / sizeof(T), channels = lanes * REGISTERS;
+};
+
+template <typename T>
+inline typename Vector<T>::type load_vector(const T* x) {
+  typename Vector<T>::type v;
+  std::memcpy(&v, x, VECTOR);
+  return v;
+}
+
+// out[c] += w[c] sum_k f[k] x[k][c]: a row of a path's matrix times rows of channels, for all `u`
+template <typename T>
+inline void add_rows(const T* __restrict__ f, Index n, const T* __restrict__ x,
+                     const T* __restrict__ w, T* __restrict__ out, Index u) {
+  using V = typename Vector<T>::type;
+  constexpr Index lanes = Vector<T>::lanes, channels = Vector<T>::channels;
+  Index c = 0;
+  for (; c + channels <= u; c += channels) {
+    V s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (Index k = 0; k < n; ++k) {
+      if (f[k] == T(0)) continue;
+      const T* xk = x + k * u + c;
+      s0 += f[k] * load_vector(xk);
+      s1 += f[k] * load_vector(xk + lanes);
+      s2 += f[k] * load_vector(xk + 2 * lanes);
+      s3 += f[k] * load_vector(xk + 3 * lanes);
+    }
+    const V sums[REGISTERS] = {s0, s1, s2, s3};
+    for (Index r = 0; r < REGISTERS; ++r) {
+      const V o = load_vector(out + c + r * lanes) + load_vector(w + c + r * lanes) * sums[r];
+      std::memcpy(out + c + r * lanes, &o, VECTOR);
+    }
+  }
+  for (; c < u; ++c) {
+    T s = 0;
+    for (Index k = 0; k < n; ++k) s += f[k] * x[k * u + c];
+    out[c] += w[c] * s;
+  }
+}
+
+template <typename T>
+inline T dot(const T* __restrict__ x, const T* __restrict__ y, Index n) {
+  using V = typename Vector<T>::type;
+  constexpr Index lanes = Vector<T>::lanes;
+  V s0 = {}, s1 = {};
+  Index c = 0;
+  for (; c + 2 * lanes <= n; c += 2 * lanes) {
+    s0 += load_vector(x + c) * load_vector(y + c);
+    s1 += load_vector(x + c + lanes) * load_vector(y + c + lanes);
+  }
+  s0 += s1;
+  T total = 0;
+  for (Index l = 0; l < lanes; ++l) total += s0[l];
+  for (; c < n; ++c) total += x[c] * y[c];
+  return total;
+}
 
 template <typename T>
 void transpose_nodes(const T* nodes, std::vector<T>& out, Index n, Index dim, const Index* blocks,
@@ -101,7 +165,7 @@ void conv_node(const T* nodes, const T* y, const T* w, const Index* from, const 
   const Groups groups(to, n_edges, n_nodes);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> sum(res_dim), weighted(32 * u);
+    std::vector<T> sum(res_dim);
     T a[MAX_MATRIX];
 #pragma omp for schedule(dynamic, 4)
     for (Index n = 0; n < n_nodes; ++n) {
@@ -111,34 +175,13 @@ void conv_node(const T* nodes, const T* y, const T* w, const Index* from, const 
         const T* in = packed.data() + from[e] * in_dim;
         for (Index ip = 0; ip < n_paths; ++ip) {
           const Path& p = paths[ip];
-          path_matrix(p, entries, values, y + e * y_dim, a);
+          // rows are components of the result, so that each is summed in registers
+          path_matrix<T, BY_G>(p, entries, values, y + e * y_dim, a);
+          const Index n_in = BY_G ? p.nx : p.nout, n_res = BY_G ? p.nout : p.nx;
           const T* we = w + (e * n_paths + ip) * u;
-          if (BY_G) {
-            for (Index i = 0; i < p.nx; ++i) {
-              const T* xi = in + (p.x + i) * u;
-              T* wx = weighted.data();
-              for (Index c = 0; c < u; ++c) wx[c] = we[c] * xi[c];
-              for (Index k = 0; k < p.nout; ++k) {
-                const T f = a[i * p.nout + k];
-                if (f == T(0)) continue;
-                T* o = sum.data() + (p.out + k) * u;
-                for (Index c = 0; c < u; ++c) o[c] += f * wx[c];
-              }
-            }
-          } else {
-            for (Index i = 0; i < p.nx; ++i) {
-              T* s = weighted.data();
-              std::memset(s, 0, sizeof(T) * u);
-              for (Index k = 0; k < p.nout; ++k) {
-                const T f = a[i * p.nout + k];
-                if (f == T(0)) continue;
-                const T* gk = in + (p.out + k) * u;
-                for (Index c = 0; c < u; ++c) s[c] += f * gk[c];
-              }
-              T* o = sum.data() + (p.x + i) * u;
-              for (Index c = 0; c < u; ++c) o[c] += we[c] * s[c];
-            }
-          }
+          const T* rows = in + (BY_G ? p.x : p.out) * u;
+          T* res = sum.data() + (BY_G ? p.out : p.x) * u;
+          for (Index r = 0; r < n_res; ++r) add_rows(a + r * n_in, n_in, rows, we, res + r * u, u);
         }
       }
       from_components(sum.data(), out + n * res_dim, res_blocks, n_res_blocks, u);
@@ -169,34 +212,20 @@ void conv_edge(const T* x, const T* y, const T* w, const T* g, const Index* send
       for (Index ip = 0; ip < n_paths; ++ip) {
         const Path& p = paths[ip];
         if (out_w) {
-          path_matrix(p, entries, values, y + e * y_dim, a);
+          path_matrix<T, false>(p, entries, values, y + e * y_dim, a);
           T* ow = out_w + (e * n_paths + ip) * u;
           std::memset(ow, 0, sizeof(T) * u);
-          for (Index i = 0; i < p.nx; ++i) {
-            T* s = wx.data();
-            std::memset(s, 0, sizeof(T) * u);
-            for (Index k = 0; k < p.nout; ++k) {
-              const T f = a[i * p.nout + k];
-              if (f == T(0)) continue;
-              const T* gk = ge + (p.out + k) * u;
-              for (Index c = 0; c < u; ++c) s[c] += f * gk[c];
-            }
-            const T* xi = xe + (p.x + i) * u;
-            for (Index c = 0; c < u; ++c) ow[c] += s[c] * xi[c];
-          }
+          for (Index i = 0; i < p.nx; ++i)
+            add_rows(a + i * p.nout, p.nout, ge + p.out * u, xe + (p.x + i) * u, ow, u);
         }
         if (oy) {
-          const T* we = w + (e * n_paths + ip) * u;
+          const T* __restrict__ we = w + (e * n_paths + ip) * u;
           for (Index i = 0; i < p.nx; ++i) {
-            const T* xi = xe + (p.x + i) * u;
-            for (Index c = 0; c < u; ++c) wx[c] = we[c] * xi[c];
-            for (Index k = 0; k < p.nout; ++k) {
-              const T* gk = ge + (p.out + k) * u;
-              T s = 0;
-#pragma omp simd reduction(+ : s)
-              for (Index c = 0; c < u; ++c) s += wx[c] * gk[c];
-              b[i * p.nout + k] = s;
-            }
+            const T* __restrict__ xi = xe + (p.x + i) * u;
+            T* __restrict__ v = wx.data();
+            for (Index c = 0; c < u; ++c) v[c] = we[c] * xi[c];
+            for (Index k = 0; k < p.nout; ++k)
+              b[i * p.nout + k] = dot(v, ge + (p.out + k) * u, u);
           }
           for (Index t = p.first; t < p.last; ++t)
             oy[p.y + entries[t].j] += values[t] * b[entries[t].i * p.nout + entries[t].k];
