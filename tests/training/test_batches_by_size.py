@@ -72,6 +72,25 @@ def test_batches_are_filled_up_to_the_limit():
     assert two == one[: len(one) // 2 * 2]
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_without_a_limit_the_order_is_torchs(drop_last):
+    """The same batches as of a loader that is left alone, epoch by epoch."""
+
+    def loader() -> torch.utils.data.DataLoader:
+        generator = torch.Generator().manual_seed(3)
+        settings = {"batch_size": 4, "shuffle": True, "collate_fn": list}
+        return torch.utils.data.DataLoader(
+            range(23), generator=generator, drop_last=drop_last, **settings
+        )
+
+    plain, ours = loader(), loader()
+    order = FrameOrder.of(ours, 0, 1)
+    for _ in range(3):
+        order.begin(skip=0)
+        assert list(ours) == list(plain)
+        assert len(ours) == len(plain)
+
+
 @pytest.mark.parametrize("flag", ["--batch_atoms=20", "--batch_edges=90"])
 def test_a_run_goes_on_bit_for_bit(tmp_path, flags, flag, caplog):
     """Stopped in the first and in a later epoch, whose numbers of batches differ."""

@@ -103,7 +103,8 @@ class FrameOrder(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         if self._mine is None or self._limit is None:
             self._mine = self._drawn()
-        return iter(self._mine[self._skip :])
+        # a generator, as torch's samplers: the loader has drawn its own number before it starts
+        yield from self._mine[self._skip :]
 
     def _drawn(self) -> list[list[int]]:
         """This process's batches in a new order."""
