@@ -51,6 +51,7 @@ class Fused(Backend):
 
 def _products(model: torch.nn.Module) -> list[StandIn]:
     from mace_lora.backends.products import Contraction, Convolution
+    from mace_lora.backends.radial import RadialNetwork
 
     found: list[StandIn] = []
     for block in getattr(model, "interactions", ()):
@@ -59,6 +60,9 @@ def _products(model: torch.nn.Module) -> list[StandIn]:
             # mace-torch's own switch: the product takes edge_index and sums over neighbours
             found.append((block, "conv_fusion", True))
             found.append((product, "forward", Convolution(product).forward))
+            radial = getattr(block, "conv_tp_weights", None)
+            if RadialNetwork.fits(radial):
+                found.append((radial, "forward", RadialNetwork(radial).forward))
     for block in getattr(model, "products", ()):
         product = getattr(block, "symmetric_contractions", None)
         if Contraction.fits(product):

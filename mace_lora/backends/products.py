@@ -17,6 +17,7 @@ from mace_lora import _compat  # noqa: F401  (before e3nn)
 from e3nn import o3  # isort: skip
 
 from mace_lora.backends.kernels import contract, conv
+from mace_lora.backends.radial import RadialWeights
 
 
 class Convolution(torch.nn.Module):
@@ -48,8 +49,12 @@ class Convolution(torch.nn.Module):
         self.register_buffer("out_blocks", _blocks(product.irreps_out))
         self.sizes = [product.irreps_in1[0].mul, *(_components(f) for f in irreps)]
 
-    def forward(self, x: Tensor, y: Tensor, w: Tensor, edge_index: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, w: Tensor | RadialWeights, edge_index: Tensor
+    ) -> Tensor:
         """x: (nodes, ...), y: (edges, ...), w: (edges, ...) -> messages (nodes, ...)."""
+        if isinstance(w, RadialWeights):
+            return w.message(self.forward, x, y, edge_index)
         tables = [self.paths, self.entries, self.values, self.x_blocks, self.out_blocks]
         senders, receivers = edge_index[0], edge_index[1]
         message: Tensor = conv("g", x, y, w, None, senders, receivers, tables, self.sizes)

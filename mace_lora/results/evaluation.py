@@ -81,7 +81,7 @@ def predict_values(
         model: predicts.
         frames: as `with_inputs` gives them for it.
         heads: of the model, one for each frame.
-        batch_size: frames at once.
+        batch_size: frames at once, or fewer where they have `predicting.MOST_ATOMS`.
 
     Raises:
         DataError: no energies and forces come out of this kind of model.
@@ -92,8 +92,10 @@ def predict_values(
         configuration_of(atoms, read, head) for atoms, head in zip(frames.atoms, heads, strict=True)
     ]
     batches = (
-        predicting.configurations_to_batch(configurations[i : i + batch_size], model)
-        for i in range(0, len(configurations), batch_size)
+        predicting.configurations_to_batch(part, model)
+        for part in predicting.in_parts(
+            configurations, lambda c: len(c.atomic_numbers), predicting.MOST_ATOMS, batch_size
+        )
     )
     found = predicting.predict(model, batches, compute_stress=want_stress)
     if "energy" not in found or "forces" not in found:

@@ -20,6 +20,8 @@ from mace_lora.model.description import atomic_numbers
 from mace_lora.training.arguments import files_named
 from mace_lora.training.data import refuse_unknown
 from mace_lora.training.epochs import processes
+from mace_lora.training.epochs.order import FrameOrder
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.upstream.types import Loader
 
 # Flags of mace-torch's whose values it takes as they are: what they must be, in words
@@ -127,4 +129,14 @@ def enough_frames(train_loader: Loader, args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--batch_size={args.batch_size}{times} is larger than the training set of "
             f"{frames} frames, so that there is no batch to train on"
+        )
+
+
+def enough_batches(order: FrameOrder, args: argparse.Namespace, limit: Limit | None) -> None:
+    """Raises ConfigError where batches by size are fewer than the processes that take them."""
+    if limit is not None and len(order) == 0:
+        count = processes.count(args.distributed)
+        raise ConfigError(
+            f"{limit.flag}: the training frames make fewer batches than there are processes, "
+            f"{count}, and each takes one at a step: a smaller number gives more batches"
         )

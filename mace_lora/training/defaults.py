@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,15 @@ from mace_lora.files import whole_file
 from mace_lora.training import recipes
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import processes
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.training.recipes import Choice
 from mace_lora.training.record import Run
-from mace_lora.upstream import graphs, logs
+from mace_lora.upstream import graphs, logs, predicting
 from mace_lora.upstream.graphs import Configuration
+
+# Frames on which edges per atom are counted, before all of them become graphs
+FEW_FRAMES = 8
+EDGES_PER_ATOM = 50  # of files that aren't read at once
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,29 @@ class Suiting:
                 n_frames, n_atoms, stresses(self.data.train_frames, self.data.other_frames)
             )
             chosen |= _set(args, found, may)
-            per_step = args.batch_size * processes.count(args.distributed) * options.accumulate
-            chosen |= _set(args, recipes.by_steps(max(1, n_frames // per_step)), may)
+            steps = self._batches(n_frames, n_atoms)
+            steps /= processes.count(args.distributed) * options.accumulate
+            chosen |= _set(args, recipes.by_steps(max(1, int(steps))), may)
         self.run.chosen = chosen
         if chosen:
             flags = " ".join(f"--{flag}={choice.value}" for flag, choice in chosen.items())
             logging.info(f"Set to what suits (why: see the log file): {flags}")
             logs.to_file(f"Flags that were not given:\n{table(chosen)}")
+
+    def _batches(self, n_frames: int, n_atoms: int) -> float:
+        """About how many batches an epoch has."""
+        args, options = self.run.asked.args, self.run.asked.options
+        limit = Limit.of(args, options)
+        if limit is None:
+            return float(n_frames / args.batch_size)
+        size = n_atoms / n_frames
+        if limit.unit == "edges":
+            few = list(itertools.islice(self.data.train_frames, FEW_FRAMES))
+            graphs = predicting.graphs_of(few, self.run.foundation)
+            atoms = sum(len(graph.positions) for graph in graphs)
+            size *= sum(map(limit.size, graphs)) / atoms if atoms else EDGES_PER_ATOM
+        per_batch: float = min(max(1.0, limit.most / size), limit.frames)
+        return n_frames / per_batch
 
     def _counted(self, args: argparse.Namespace) -> tuple[int, int]:
         """Frames to train on, and atoms in them."""

@@ -47,6 +47,15 @@ class RunOptions:
         "batches per optimiser step: the effect of a batch that many times larger, in the memory "
         "of one",
     )
+    batch_atoms: int = option(
+        0,
+        "batches of as many frames as have at most so many atoms in all, for training and "
+        "validation, instead of --batch_size (given as well, it is the most frames); a larger "
+        "frame is a batch of its own; 0: by --batch_size",
+    )
+    batch_edges: int = option(
+        0, "the same by edges, pairs of atoms within the cutoff, which memory and time follow"
+    )
     protect: bool = option(
         False,
         "keep the start's behaviour where the training frames say nothing: its forces on pairs of "
@@ -105,6 +114,17 @@ class RunOptions:
             raise ConfigError(f"--warmup_steps={self.warmup_steps}: 0 or more is needed")
         if self.accumulate < 1:
             raise ConfigError(f"--accumulate={self.accumulate}: 1 or more is needed")
+        for name in ("batch_atoms", "batch_edges"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"--{name}={getattr(self, name)}: how many {name[6:]} a batch may have is "
+                    "needed, or 0 for batches by --batch_size"
+                )
+        if self.batch_atoms and self.batch_edges:
+            raise ConfigError(
+                f"--batch_atoms={self.batch_atoms} and --batch_edges={self.batch_edges}: give one "
+                "of them (edges are what memory follows)"
+            )
         if self.members < 1:
             raise ConfigError(f"--members={self.members}: 1 or more is needed")
         if self.bootstrap and self.members == 1:
@@ -114,10 +134,18 @@ class RunOptions:
         Units.parse(self.units)
 
     @property
+    def by_size(self) -> tuple[str, int] | None:
+        """What batches are cut by, "atoms" or "edges", and the most of them; None: by frames."""
+        if self.batch_atoms:
+            return "atoms", self.batch_atoms
+        return ("edges", self.batch_edges) if self.batch_edges else None
+
+    @property
     def left_to_data(self) -> frozenset[str]:
         """Flags that the training frames decide."""
         ours = self.defaults == recipes.OURS
-        return recipes.left_to_data(self.given) if ours else frozenset()
+        found = recipes.left_to_data(self.given) if ours else frozenset()
+        return found - {"batch_size", "valid_batch_size"} if self.by_size else found
 
     @classmethod
     def flags(cls) -> tuple[Field[Any], ...]:

@@ -76,6 +76,10 @@ def prepare(
     if not args.foundation_filter_elements:
         # mace-torch's flag of this name keeps no element: it leaves the readouts at random numbers
         args.foundation_filter_elements, args.foundation_model_elements = True, True
+    if options.by_size:
+        # whatever else predicts frames does it one by one, and mace-torch finds no batch too large
+        for flag in {"batch_size", "valid_batch_size"} - options.given.keys():
+            setattr(args, flag, 1)
     args.lora = True  # mace-torch's switch for calling `inject_LoRAs` and `merge_lora_weights`
     return foundation
 

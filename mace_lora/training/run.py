@@ -16,6 +16,7 @@ from mace_lora.training.data import Data
 from mace_lora.training.epochs import optimised, processes
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.signals import StopRequest
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.training.epochs.train import train
 from mace_lora.training.files import saving, writing
 from mace_lora.training.files.checkpoints import Checkpoints
@@ -74,7 +75,8 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     data = Data(args, loaded, run.files, run.estimated, options)
     suiting = defaults.Suiting(run, data)
     starting = start.Start(run, data)
-    computing = Computing(run.asked.options.step, run.evaluated)
+    limit = Limit.of(args, options)
+    computing = Computing(options.step, run.evaluated, limit)
     checkpoints = Checkpoints(run)
     ending = saving.Saving(run, checkpoints)
     terminal = logs.Terminal(replay=lambda: bool(args.multiheads_finetuning))
@@ -89,7 +91,7 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
         "energies_as_array": suiting.energies_as_array,
         "loss": losses.of_run,
         "stage_two": losses.of_stage_two,
-        "avg_num_neighbors": start.avg_num_neighbors,
+        "avg_num_neighbors": partial(start.avg_num_neighbors, limit),
         # started
         "configure_model": starting.configure_model,
         # injected

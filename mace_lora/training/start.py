@@ -22,6 +22,7 @@ from mace_lora.training import checks
 from mace_lora.training.data import Data
 from mace_lora.training.epochs import processes
 from mace_lora.training.epochs.order import FrameOrder
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.training.record import Run, Started
 from mace_lora.upstream import cueq, logs, predicting
 from mace_lora.upstream import names as upstream
@@ -56,14 +57,21 @@ def remember_foundation(run: Run, load: Callable[..., object]) -> Callable[..., 
 
 
 def avg_num_neighbors(
-    heads: object, args: argparse.Namespace, train_loader: Loader, device: torch.device
+    limit: Limit | None,
+    heads: object,
+    args: argparse.Namespace,
+    train_loader: Loader,
+    device: torch.device,
 ) -> float:
     """The first use of the training batches, where mace-torch fails if there is none.
 
-    mace-torch draws an order of the frames for it: the same for any number of processes.
+    mace-torch draws an order of the frames for it: the same for any number of processes. `limit`
+    is that of batches by size.
     """
-    checks.enough_frames(train_loader, args)
-    FrameOrder.of(train_loader, *processes.rank_and_count(args.distributed))
+    if limit is None:
+        checks.enough_frames(train_loader, args)
+    order = FrameOrder.of(train_loader, *processes.rank_and_count(args.distributed), limit)
+    checks.enough_batches(order, args, limit)
     found: float = upstream.original("avg_num_neighbors")(heads, args, train_loader, device)
     return found
 

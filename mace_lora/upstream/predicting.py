@@ -25,6 +25,8 @@ from mace_lora.upstream.precision import default_dtype
 from mace_lora.upstream.types import Batch, Dataset, Graph
 
 T = TypeVar("T")
+# Atoms that are predicted at once, so that large frames go one by one
+MOST_ATOMS = 2000
 # Outputs that are compared when a merge is proved; a model gives some of them
 OUTPUTS = ("energy", "forces", "stress", "dipole", "polarizability")
 # Largest relative difference between adapted and merged model that is rounding
@@ -136,12 +138,12 @@ def batch_of(dataset: Dataset, n_frames: int, label: str | None = None) -> list[
 
     Args:
         dataset: of mace-torch.
-        n_frames: so many, or fewer where there are fewer.
+        n_frames: so many, or fewer where there are fewer, or where they have MOST_ATOMS.
         label: take frames that have it; looked for among the first hundred times as many.
     """
     items = (dataset[i] for i in range(min(100 * n_frames, len(dataset))))
     chosen = itertools.islice((i for i in items if label is None or has(i, label)), n_frames)
-    frames = list(chosen)
+    frames = next(in_parts(chosen, lambda graph: len(graph.positions), MOST_ATOMS))
     return [library.batch(frames)] if frames else []
 
 

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 
 from mace_lora.backends.base import Backend
 from mace_lora.backends.choice import choose
+from mace_lora.training.epochs.order import ShareOfBatches
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.types import Dataset, Loader, Metrics, Number
 
@@ -25,11 +27,16 @@ class Computing:
     Args:
         name: the value of `--step`.
         at_the_end: to which the data sets are added that are evaluated at the end, with errors.
+        limit: of batches by size, those of the evaluations at the end.
     """
 
     def __init__(
-        self, name: str, at_the_end: list[tuple[Dataset, Mapping[str, float]]] | None = None
+        self,
+        name: str,
+        at_the_end: list[tuple[Dataset, Mapping[str, float]]] | None = None,
+        limit: Limit | None = None,
     ) -> None:
+        self._limit = limit
         self._name = name
         self._at_the_end = [] if at_the_end is None else at_the_end
         self._backend: Backend | None = None
@@ -93,6 +100,8 @@ class Computing:
         self, model: torch.nn.Module, *rest: object, data_loader: Loader, **keywords: object
     ) -> tuple[float, Metrics]:
         """The same, for mace-torch's tables of errors."""
+        if not isinstance(data_loader.batch_sampler, ShareOfBatches):  # a validation set has it
+            ShareOfBatches.of(data_loader, limit=self._limit)
         loss, found = self.evaluate(model, *rest, data_loader=data_loader, **keywords)
         numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float))}
         self._at_the_end.append((data_loader.dataset, numbers))

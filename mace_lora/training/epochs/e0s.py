@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.record import Run
 from mace_lora.upstream import library
 from mace_lora.upstream.predicting import has
-from mace_lora.upstream.types import Dataset
+from mace_lora.upstream.types import Dataset, Graph
 
 MOST_FRAMES = 256  # on which they are solved
 # Directions of composition that differ less than this, relative to the one that differs most, are
@@ -78,7 +79,7 @@ class Solver:
         dataset: the training frames.
         heads: whose E0s may move: those that were estimated, and not given.
         computing: where the run computes.
-        batch_size: frames that are predicted at once.
+        parts: cuts frames to those that are predicted at once.
         seed: chooses MOST_FRAMES where there are more.
     """
 
@@ -88,7 +89,7 @@ class Solver:
         dataset: Dataset,
         heads: set[int],
         computing: Computing,
-        batch_size: int,
+        parts: Callable[[list[Graph]], list[list[Graph]]],
         seed: int,
     ) -> None:
         self._model, self._computing = model, computing
@@ -101,9 +102,7 @@ class Solver:
         self._heads = np.array([int(graph["head"]) for graph in graphs])
         counts = [graph.node_attrs.sum(dim=0).double().numpy() for graph in graphs]
         self._compositions = np.array(counts)
-        self._batches = [
-            library.batch(graphs[i : i + batch_size]) for i in range(0, len(graphs), batch_size)
-        ]
+        self._batches = [library.batch(part) for part in parts(graphs)]
 
     @torch.no_grad()
     def solve(self, distributed: bool = False) -> None:

@@ -19,6 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,12 +28,14 @@ from mace_lora.frames.checks import sources
 from mace_lora.model.description import heads
 from mace_lora.results.progress import ProgressBar
 from mace_lora.training import again
-from mace_lora.training.epochs import e0s, processes
+from mace_lora.training.epochs import e0s, processes, sizes
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.divergence import diverged, has_diverged
 from mace_lora.training.epochs.order import FrameOrder
+from mace_lora.training.epochs.probe import probe_of_run
 from mace_lora.training.epochs.protection import Protection
 from mace_lora.training.epochs.signals import StopRequest
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.training.epochs.steps import Steps
 from mace_lora.training.record import Run
 from mace_lora.upstream import library
@@ -74,9 +77,12 @@ class Loop:
         self.steps = Steps(self.run_options)
         self.bar = ProgressBar(0, 0, enabled=False)
         self.resumed = False
-        self.order = FrameOrder.of(self.train_loader, *processes.rank_and_count(self.distributed))
+        self.limit = Limit.of(self.args, self.run_options)
+        self.order = FrameOrder.of(
+            self.train_loader, *processes.rank_and_count(self.distributed), self.limit
+        )
         for loader in self.valid_loaders.values():
-            processes.share_frames(loader, self.rank, self.distributed)
+            processes.share_frames(loader, self.rank, self.distributed, self.limit)
         self._e0s = self._solver() if self.run_options.solve_e0s else None
         self._saved_at = time.monotonic()
 
@@ -87,7 +93,7 @@ class Loop:
             self.train_loader.dataset,
             {names.index(head) for head in self.estimated & set(names)},
             self.computing,
-            self.train_loader.batch_size,
+            partial(sizes.parts, batch_size=self.train_loader.batch_size, limit=self.limit),
             self.args.seed,
         )
 
@@ -114,13 +120,15 @@ class Loop:
         self.steps.begin(per_epoch, done, self.given.max_num_epochs)
         total = max(self.given.max_num_epochs * per_epoch, done)
         self.at.backend = self.computing.settle(self.model, self.at.backend)
+        if self.limit is not None:
+            probe_of_run(self.limit, self.order.coming(), self.given, self.computing, self._loss())
         if self.run_options.protect:
             self.steps.more = Protection(
                 self.model,
                 self.train_loader.dataset,
                 self.computing,
                 self.args.seed,
-                self.train_loader.batch_size * processes.count(self.distributed),
+                self._frames_per_step(),
                 self.max_grad_norm,
             ).gradients
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
@@ -139,7 +147,21 @@ class Loop:
             self._save()
             self._leave_if_asked(saved=True)
 
+    def _frames_per_step(self) -> float:
+        """Of all processes; by size, on average."""
+        if self.limit is not None:
+            return len(self.train_loader.dataset) / len(self.train_loader)
+        return self.train_loader.batch_size * processes.count(self.distributed)
+
+    def begin_epoch_of_steps(self) -> None:
+        """The order of an epoch is known, and with it how many batches it has."""
+        self.order.begin(skip=self.at.steps)
+        n = len(self.train_loader)
+        self.steps.begin(n, self.at.epoch * n + self.at.steps, self.given.max_num_epochs)
+
     def _log_settings(self) -> None:
+        if self.limit is not None:
+            self.limit.tell(self.train_loader.dataset, self.files, len(self.train_loader))
         if self._is_lbfgs() and self.max_grad_norm is not None:
             # mace-torch clips inside the closure: the line search then compares the loss with
             # gradients that are not its own, and ends in NaN, in float32 above all
@@ -362,7 +384,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         loop = self._loop
-        loop.order.begin(skip=loop.at.steps)
+        loop.begin_epoch_of_steps()
         for batch in loop.train_loader:
             yield batch
             loop.after_step()

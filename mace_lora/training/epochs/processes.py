@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mace_lora.errors import ConfigError
 from mace_lora.training.epochs.order import ShareOfBatches
+from mace_lora.training.epochs.sizes import Limit
 from mace_lora.upstream import names as upstream
 from mace_lora.upstream.types import Loader
 
@@ -118,16 +119,13 @@ def wait_for_all(distributed: bool) -> None:
         dist.barrier()
 
 
-def share_frames(loader: Loader, rank: int, distributed: bool) -> None:
-    """Give each process its part of a validation set.
+def share_frames(loader: Loader, rank: int, distributed: bool, limit: Limit | None = None) -> None:
+    """Give each process its part of a validation set, in batches by size where there is a `limit`.
 
     Whole batches of the order that one process would have, so that the loss is the same;
     mace-torch's sampler leaves out the frames that don't divide evenly.
     """
-    if distributed:
-        loader.batch_sampler.sampler = ShareOfBatches(
-            len(loader.dataset), loader.batch_size, rank, count(distributed)
-        )
+    ShareOfBatches.of(loader, rank, count(distributed), limit)
 
 
 def is_first() -> bool:

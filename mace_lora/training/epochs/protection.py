@@ -86,7 +86,7 @@ class Protection:
         dataset: Dataset,
         computing: Computing,
         seed: int,
-        frames_per_step: int,
+        frames_per_step: float,
         clip: float | None = None,
     ) -> None:
         self._clip = math.inf if clip is None else clip

@@ -70,6 +70,10 @@ def of_run(run: Run, loader: Loader, distributed: bool) -> Identity:
         "training frames": len(loader.dataset),
         "frames per step (batch_size times processes)": loader.batch_size
         * processes.count(distributed),
+        # by size an order is cut to other batches, and shared otherwise
+        "--batch_atoms": options.batch_atoms or None,
+        "--batch_edges": options.batch_edges or None,
+        "processes": processes.count(distributed) if options.by_size else None,
         "--accumulate": options.accumulate,
         "--warmup_steps": options.warmup_steps,
         # None as in checkpoints that know nothing of them
