@@ -60,6 +60,7 @@ ELSEWHERE = {
         "tests/scripts/test_examples.py",
         '"crystal_stress.py"',
     ),
+    "python scripts/examples/committee.py": ("tests/scripts/test_examples.py", '"committee.py"'),
     "sbatch scripts/slurm/one_gpu.sbatch": ("tests/scripts/test_slurm.py", "one_gpu.sbatch"),
     "scripts/reproduce.sh": ("tests/scripts/test_reproduction.py", '"reproduce.py"), "rmd17"'),
     "python scripts/study.py": ("tests/scripts/test_scripts.py", "def test_study"),
