@@ -21,8 +21,8 @@ from mace_lora.errors import ArtefactError
 from mace_lora.model.fingerprint import base_state
 from mace_lora.model.injection import adapters
 
-# Values by which paths are compared, at least: more than there are independent paths
-VALUES = 64
+# Points at which paths are compared, at least
+LEAST_POINTS = 4
 # Relative differences of constants that come from another precision, not from another meaning
 ROUNDING = 1e-5
 
@@ -48,20 +48,21 @@ def weights_of(path: str, module: torch.nn.Module) -> Iterator[tuple[int, str]]:
         yield order, f"{path}.{last}"
 
 
-def values(coupling: torch.Tensor, order: int) -> torch.Tensor:
+def values(coupling: torch.Tensor, order: int, points: int = 0) -> torch.Tensor:
     """The paths of a coupling tensor at fixed features, in double precision.
 
     Args:
         coupling: ((2l+1,) features, ..., features, paths), a feature axis for each of `order`.
+        points: how many; 0 for as many as tell these paths apart, twice over.
 
     Returns:
-        (points, 2l+1, paths), at least VALUES in all for each path.
+        (points, 2l+1, paths); the first points are always the same.
     """
     double = coupling.detach().cpu().double()
     if double.ndim == order + 1:
         double = double.unsqueeze(0)
     components, features, paths = double.shape[0], double.shape[1], double.shape[-1]
-    points = math.ceil(VALUES / components)
+    points = points or max(LEAST_POINTS, math.ceil((2 * paths + 4) / components))
     at = waves(points, features)
     found = torch.einsum("mi...p,ki->km...p", double, at)
     for _ in range(order - 1):
@@ -76,6 +77,12 @@ def waves(rows: int, columns: int) -> torch.Tensor:
     """A matrix without pattern, the same with every version of torch."""
     frequencies = torch.arange(2, columns + 2, dtype=torch.float64).sqrt()
     return torch.sin(torch.outer(torch.arange(1, rows + 1, dtype=torch.float64), frequencies))
+
+
+def common(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of two sets of paths at the points that both have."""
+    points = min(len(one), len(other))
+    return one[:points], other[:points]
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -130,8 +137,10 @@ def carry(
     """
     found, own, state = dict(tensors), dict(adapters(model)), base_state(model)
     for name, before in there.items():
-        now = here.get(name)
-        if now is None or alike(before, now):
+        if name not in here:
+            continue
+        before, now = common(before, here[name])
+        if alike(before, now):
             continue
         prefix = f"{name}."
         mine = {k.removeprefix(prefix): found.pop(k) for k in tensors if k.startswith(prefix)}
@@ -156,6 +165,8 @@ def _carried(
 ) -> dict[str, torch.Tensor]:
     """The factors of one weight in other paths; none where it needs none."""
     matrix = transition(there, here)
+    if torch.linalg.matrix_rank(here.flatten(0, 1)) == here.flatten(0, 1).shape[0]:
+        raise ArtefactError(f"the file says too little of the paths of {name} to carry it over")
     if set(mine) == {"lora_gain.0"}:  # DoRA of rank 0: multiples of whatever the base has
         return mine
     if set(mine) == {"D"}:

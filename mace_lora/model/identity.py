@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from mace_lora.model.bases import ROUNDING, Bases, bases_of, waves
+from mace_lora.model.bases import LEAST_POINTS, ROUNDING, Bases, bases_of, waves
 from mace_lora.model.description import Description, describe
 from mace_lora.model.fingerprint import base_state, fingerprint
 
@@ -74,7 +74,8 @@ def _in_any_basis(model: torch.nn.Module, bases: Bases) -> Description:
     for name, values in bases.items():
         weight = state[name].detach().cpu().double()
         elements, paths, channels = weight.shape
-        projected = waves(SUMS, values.numel() // paths) @ values.reshape(-1, paths)
+        at = values[:LEAST_POINTS].reshape(-1, paths)
+        projected = waves(SUMS, len(at)) @ at
         over = waves(1, elements * channels).reshape(elements, channels)
         numbers = torch.einsum("sp,epc,ec->s", projected, weight, over).tolist()
         sums[name] = " ".join(f"{number:.9e}" for number in numbers)  # one line of JSON

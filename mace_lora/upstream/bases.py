@@ -21,6 +21,8 @@ from mace_lora.upstream.hyperparameters import Foreign, number, part, parts, ten
 from mace_lora.upstream.precision import default_dtype
 from mace_lora.upstream.reading import Made
 
+_POINTS = 64  # at which paths are compared: there are fewer independent ones
+
 
 def contractions(tree: Made) -> Iterator[tuple[str, Made]]:
     """MACE's own contractions in `tree` by path; none in cuequivariance's format."""
@@ -182,7 +184,8 @@ def _fill(new: torch.nn.Module, old: torch.nn.Module, called: str) -> None:
     for order, name in weights_of("", old):
         weight = name.removeprefix(".")
         before, now = (part.get_parameter(weight) for part in (old, new))
-        there, here = (values(p.get_buffer(f"U_matrix_{order}"), order) for p in (old, new))
+        couplings = (part.get_buffer(f"U_matrix_{order}") for part in (old, new))
+        there, here = (values(coupling, order, _POINTS) for coupling in couplings)
         matrix = transition(there, here).to(before)
         found = torch.einsum("qp,epc->eqc", matrix, before)
         left = left_over(there, before.cpu(), here, found.cpu())

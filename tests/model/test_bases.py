@@ -24,7 +24,7 @@ from mace_lora import (
     set_adapter,
 )
 from mace_lora.errors import ArtefactError, FoundationModelError
-from mace_lora.model.bases import bases_of, transition
+from mace_lora.model.bases import bases_of, common, transition
 from mace_lora.model.fingerprint import fingerprint
 from mace_lora.model.injection import adapter_parameters
 from mace_lora.testing import outputs, randomise_, worst
@@ -77,7 +77,8 @@ def test_the_bases_span_the_same_products(both):
     assert [(one[n].shape[-1], other[n].shape[-1]) for n in names] == [(2, 4), (2, 6)]
     assert one.keys() == other.keys()
     for name in one:
-        for there, now in ((one[name], other[name]), (other[name], one[name])):
+        pair = common(one[name], other[name])
+        for there, now in (pair, pair[::-1]):
             missing = now.flatten(0, 1) @ transition(there, now) - there.flatten(0, 1)
             assert missing.abs().max() <= 1e-12 * there.abs().max()
         assert torch.linalg.matrix_rank(other[name].flatten(0, 1)) == one[name].shape[-1]
@@ -149,7 +150,7 @@ def test_products_that_the_other_basis_lacks(both, tmp_path):
     """A model without them exists in both bases; an update of them does not."""
     full, fewer = deepcopy(both[1]), deepcopy(both[1])
     coupling = contraction(full).U_matrix_3
-    independent = transition(bases_of(full)[HIGHEST], bases_of(both[0])[HIGHEST])
+    independent = transition(*common(bases_of(full)[HIGHEST], bases_of(both[0])[HIGHEST]))
     kept = independent[0] / independent[0].norm()  # the first of two products, by path
     contraction(fewer).U_matrix_3 = torch.einsum("...p,p->...", coupling, kept).unsqueeze(-1) * kept
     with torch.no_grad():
