@@ -6,7 +6,7 @@ Options:  LoraOptions, EloraOptions, DoraOptions, MmeaOptions, FullOptions
 Loop:     batches, fast_steps, adapter_parameters, print_trainable_parameters
 Files:    save_adapter, load_adapter
 Switch:   add_adapter, set_adapter, active_adapters, delete_adapter, disable_adapter, unload
-Weights:  merge, unmerge, combine_adapters, extract
+Weights:  merge, unmerge, combine_adapters, extract, change_basis
 Simulate: MaceLoraCalculator, an ASE calculator
 mace-torch's names: inject_lora, merge_lora_weights
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for editors and mypy, which read this and run nothing
     from mace_lora.api.command import train as train
     from mace_lora.api.extraction import extract as extract
     from mace_lora.api.extraction import unmerge as unmerge
+    from mace_lora.api.files import change_basis as change_basis
     from mace_lora.api.files import load_adapter as load_adapter
     from mace_lora.api.files import load_foundation as load_foundation
     from mace_lora.api.files import save_adapter as save_adapter
@@ -77,6 +78,7 @@ _EXPORTS = {
     "adapter_parameters": "mace_lora.model.injection",
     "add_adapter": "mace_lora.api.named",
     "batches": "mace_lora.api.loops",
+    "change_basis": "mace_lora.api.files",
     "combine_adapters": "mace_lora.api.switching",
     "delete_adapter": "mace_lora.api.named",
     "disable_adapter": "mace_lora.model.injection",

@@ -69,7 +69,8 @@ class Contender:
     """A model with adapters and all that a step of it needs.
 
     Args:
-        name: UPSTREAM or a value of `--step`, with or without CUEQ.
+        name: UPSTREAM or a value of `--step`, with or without CUEQ. For full fine-tuning UPSTREAM
+            is mace-torch's own, of the model as it is.
         data: the frames it trains on, all in one batch.
         base: makes the model.
         config: the adapter; its rank is upstream's too.
@@ -87,8 +88,9 @@ class Contender:
             self.model = upstream.original("to_cueq")(self.model, device=self.device)
         self._backend: Backend | None = None
         if name.startswith(UPSTREAM):
-            rank = config.options.rank if config.method == "lora" else 4
-            upstream.original("inject")(self.model, rank=rank, alpha=1.0)
+            if config.method != "full":  # which mace-torch trains without adapters
+                rank = config.options.rank if config.method == "lora" else 4
+                upstream.original("inject")(self.model, rank=rank, alpha=1.0)
             self._take = upstream.original("take_step")
             self._evaluate: Any = upstream.original("evaluate")
         else:

@@ -82,6 +82,7 @@ class Bench:
         yield "LoRA, rank 16", AdapterConfig.create("lora", rank=16), f64, self.base
         yield "ELoRA, rank 16", AdapterConfig.create("elora"), f64, self.base
         yield "MMEA, rank 16", AdapterConfig.create("mmea"), f64, self.base
+        yield "full, against full", AdapterConfig.create("full"), f64, self.base
         yield "LoRA, rank 4, float32", lora, f32, self.base
         if set(self.elements) <= {1, 6, 7, 8}:
             yield "LoRA, rank 4, mini", lora, f64, lambda: loading.load("mini", dtype=f64)

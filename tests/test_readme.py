@@ -61,6 +61,7 @@ ELSEWHERE = {
         '"crystal_stress.py"',
     ),
     "sbatch '$(mace_lora slurm)/one_gpu.sbatch'": ("tests/scripts/test_slurm.py", "one_gpu.sbatch"),
+    "python scripts/examples/committee.py": ("tests/scripts/test_examples.py", '"committee.py"'),
     "scripts/reproduce.sh": ("tests/scripts/test_reproduction.py", '"reproduce.py"), "rmd17"'),
     "python scripts/study.py": ("tests/scripts/test_scripts.py", "def test_study"),
     "FUZZ_EXAMPLES=3000 pytest": ("tests/test_fuzz.py", "FUZZ_EXAMPLES"),

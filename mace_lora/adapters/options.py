@@ -103,6 +103,10 @@ class AdapterOptions:
         """Regular expressions that must each match an adapted layer."""
         return ()
 
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Parts of the model in which nothing is adapted."""
+        return ()
+
     def check(self) -> None:
         """Raises ConfigError, as `<option>=<value>: <reason>`, where a value makes no sense."""
 
@@ -261,6 +265,20 @@ class FullOptions(AdapterOptions):
     Targets and exceptions choose among all parameters. `bias` adds nothing to the default, and
     `modules_to_save` E0s, scale and shift, which are no parameters.
     """
+
+    freeze: tuple[str, ...] = option(
+        (),
+        "parts of the model that stay as they are, by their names and not by patterns, such as "
+        "node_embedding interactions.0 products; a part without its number is all of its kind",
+        nargs="+",
+        type=str,
+    )
+
+    def check(self) -> None:
+        self._check_texts("freeze")
+
+    def frozen_parts(self) -> tuple[str, ...]:
+        return self.freeze
 
 
 @dataclass(frozen=True)

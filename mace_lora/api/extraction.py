@@ -15,6 +15,7 @@ from mace_lora.errors import ArtefactError, ConfigError, FoundationModelError, N
 from mace_lora.model import artefact
 from mace_lora.model.description import Description, atomic_numbers, describe, restore_constants
 from mace_lora.model.fingerprint import base_state, fingerprint
+from mace_lora.model.identity import identity
 from mace_lora.model.injection import adapter_parameters, adapters, inject
 from mace_lora.model.merging import changes, unload
 from mace_lora.upstream import loading, rebuilding
@@ -94,10 +95,9 @@ def extract(
     base_description = {
         "name": base_name,
         "head": head,
-        **describe(base),
-        "fingerprint": fingerprint(base),
+        **identity(base),
     }
-    start_description = {**start_description, "fingerprint": fingerprint(start)}
+    start_description = {**identity(start), **start_description}
     inject(start, config)
     _fit(start, wanted)
     layers = _left_over(start, wanted)
@@ -200,7 +200,7 @@ def unmerge(model: torch.nn.Module, folder: str | Path) -> tuple[torch.nn.Module
     merged = {name: weight.detach().clone() for name, weight in base_state(model).items()}
     inject(model, content.config)
     try:
-        artefact.load_factors(model, content.tensors)
+        artefact.load_factors(model, content.tensors, content.model)
     except ArtefactError:
         unload(model)
         raise

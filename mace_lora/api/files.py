@@ -8,10 +8,11 @@ import torch
 
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.model import artefact
-from mace_lora.model.description import describe, restore_constants
+from mace_lora.model.description import restore_constants
 from mace_lora.model.fingerprint import fingerprint
+from mace_lora.model.identity import identity, is_same
 from mace_lora.model.injection import adapter_parameters, config_of, disable_adapter, inject
-from mace_lora.upstream import loading, rebuilding
+from mace_lora.upstream import bases, loading, rebuilding
 
 
 def load_foundation(
@@ -37,6 +38,25 @@ def load_foundation(
     return loading.load(name, device, dtype, flag="", trust=trust)
 
 
+def change_basis(model: torch.nn.Module, reduced: bool) -> torch.nn.Module:
+    """The same model with its contractions in the other basis of mace-torch.
+
+    mace-torch has a full and a reduced basis (`--use_reduced_cg`). Both span the same products
+    where the irreps have natural parity (0e, 1o, 2e, ...). Adapters fit either model.
+
+    Args:
+        model: without adapters; it is not changed.
+        reduced: into the reduced basis, which needs cuequivariance; else into the full one.
+
+    Raises:
+        ConfigError: the model carries adapters, or is no model.
+        FoundationModelError: it doesn't exist in that basis; the message says by how much.
+    """
+    if config_of(model) is not None:
+        raise ConfigError("the model carries adapters: merge them before its basis is changed")
+    return bases.in_basis(model, reduced)
+
+
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     """Write the adapters of `model` to a directory, without its own weights.
 
@@ -52,7 +72,7 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
     if config is None:
         raise ConfigError("the model carries no adapters: inject some before saving them")
     with disable_adapter(model):  # E0s, scale and shift may be adapted
-        description = {**describe(model), "fingerprint": fingerprint(model)}
+        description = identity(model)
     base = {"name": None, "head": None, **description}
     artefact.write(folder, config, adapter_parameters(model), base, description)
 
@@ -79,7 +99,7 @@ def load_adapter(base: torch.nn.Module | str | Path, folder: str | Path) -> torc
     given = loading.given(base, dtype=dtype, copy=True)
     model = _start_of_the_run(rebuilding.one_head(given, content.base.get("head")), content, folder)
     inject(model, content.config)
-    artefact.load_factors(model, content.tensors)
+    artefact.load_factors(model, content.tensors, content.model)
     return model
 
 
@@ -91,19 +111,19 @@ def _start_of_the_run(
     Raises:
         ArtefactError: it is neither.
     """
-    found, wanted = fingerprint(model), content.model["fingerprint"]
-    if found == wanted:
+    if is_same(model, content.model):
         restore_constants(model, content.model)
         return model
-    if found != content.base["fingerprint"]:
+    if not is_same(model, content.base):
+        found = fingerprint(model)
         raise ArtefactError(
             f"{folder} belongs to another base model: it was trained from "
             f"{content.base.get('name')!r} ({content.base.get('class')}, fingerprint "
             f"{content.base['fingerprint'][:12]}), this one has fingerprint {found[:12]}"
         )
     start = rebuilding.specialise(model, content.model)
-    found = fingerprint(start)
-    if found != wanted:
+    if not is_same(start, content.model):
+        found, wanted = fingerprint(start), content.model["fingerprint"]
         raise ArtefactError(
             f"{folder} was trained from this base model, but the installed mace-torch makes "
             f"another starting point of it (fingerprint {found[:12]}, expected {wanted[:12]}); it "

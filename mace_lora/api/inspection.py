@@ -14,6 +14,7 @@ from mace_lora.files import size
 from mace_lora.model import artefact
 from mace_lora.model.description import describe
 from mace_lora.model.fingerprint import fingerprint
+from mace_lora.model.identity import without_bases
 from mace_lora.model.injection import adapters
 from mace_lora.model.layers import find_sites
 from mace_lora.model.merging import changes
@@ -130,7 +131,7 @@ def _adapter(folder: Path, base: str | None, known: torch.nn.Module | None) -> D
         "bytes": size(folder),
         **content.config.to_json(),
         "base": content.base,
-        "model": content.model,
+        "model": without_bases(content.model),
         "versions": content.versions,
         "parameters": sum(t.numel() for t in content.tensors.values()),
         "layers": layers,

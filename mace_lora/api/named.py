@@ -15,6 +15,7 @@ from mace_lora.errors import ArtefactError, ConfigError, MaceLoraError, did_you_
 from mace_lora.model import artefact
 from mace_lora.model.description import Description, describe, restore_constants
 from mace_lora.model.fingerprint import fingerprint
+from mace_lora.model.identity import is_same
 from mace_lora.model.injection import (
     adapter_parameters,
     adapters,
@@ -142,8 +143,8 @@ def fitting(model: torch.nn.Module, folder: str | Path) -> artefact.Artefact:
         ArtefactError: it didn't, or the directory is broken.
     """
     content = artefact.read(folder)
-    found, asked = fingerprint(model), content.model["fingerprint"]
-    if found != asked or not same_places(describe(model), content.model):
+    if not is_same(model, content.model) or not same_places(describe(model), content.model):
+        found, asked = fingerprint(model), content.model["fingerprint"]
         raise ArtefactError(
             f"{folder} does not fit this model: it started from a model of elements "
             f"{content.model['atomic_numbers']}, heads {content.model['heads']}, fingerprint "
@@ -311,4 +312,4 @@ def _attach(model: torch.nn.Module, named: _Named, weights: Mapping[str, float])
 def _attach_one(model: torch.nn.Module, stored: _Stored) -> None:
     restore_constants(model, stored.constants)
     inject(model, stored.config)
-    artefact.load_factors(model, stored.tensors)
+    artefact.load_factors(model, stored.tensors, stored.constants)

@@ -2,7 +2,8 @@
 and a `README.md` for people (`card`).
 
 The tensors are the adapter's factors by `<weight>.<factor>`, such as
-`readouts.0.linear.lora_A.0`. The configuration says which method
+`readouts.0.linear.lora_A.0`, and where contractions are adapted, the basis of their weights
+(`basis.<weight>`, see `bases`). The configuration says which method
 with which options, which base model they belong to (by fingerprint), and what else the fine-tuning
 changed (elements kept, E0s, scale and shift, heads), so that base and adapter give exactly the
 merged model. A key that is not known is an error: ignoring it would change predicted energies.
@@ -29,12 +30,15 @@ from mace_lora.config import AdapterConfig
 from mace_lora.errors import ArtefactError, ConfigError
 from mace_lora.files import whole_folder
 from mace_lora.model import card, places
+from mace_lora.model.bases import Bases, bases_of, carry
 from mace_lora.model.description import Description
+from mace_lora.model.identity import check_any_basis, stored_bases, without_bases
 from mace_lora.model.injection import adapter_parameters
 
 FORMAT = 2
 TENSORS = "adapter_model.safetensors"
 CONFIG = card.CONFIG
+BASIS = "basis."  # in front of the weight whose paths a tensor says
 # How factors were called in format 1
 _FORMER_NAMES = {"A": "lora_A", "B": "lora_B", "gain": "lora_gain"}
 _KEYS = {"format", "versions", "method", "options", "base", "model"}
@@ -48,7 +52,8 @@ class Artefact:
         config: method and options.
         tensors: the factors, by `<weight>.<factor>`.
         base: which model to start from: its name, class, fingerprint, and the head taken from it.
-        model: the model that was adapted: its fingerprint, elements, heads, E0s (eV), scale, shift.
+        model: the model that was adapted: its fingerprint, elements, heads, E0s (eV), scale, shift,
+            and the `bases` of contractions that are adapted.
         versions: of the packages that wrote it.
     """
 
@@ -76,9 +81,12 @@ def write(
         "format": FORMAT,
         "versions": versions(),
         **config.to_json(),
-        "base": base,
-        "model": model,
+        "base": without_bases(base),
+        "model": without_bases(model),
     }
+    bases = stored_bases(model)
+    if any(name.startswith(f"{weight}.") for name in tensors for weight in bases):
+        tensors = {**tensors, **{BASIS + weight: b for weight, b in bases.items()}}
     with whole_folder(folder) as new:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(plain, new / TENSORS)
@@ -141,9 +149,11 @@ def _read(folder: Path) -> Artefact:
         raise ArtefactError(f"{folder} has no {TENSORS}: is it an adapter directory?") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtefactError(f"{folder / TENSORS} can't be read: {error}") from None
+    bases = {k.removeprefix(BASIS): tensors.pop(k) for k in list(tensors) if k.startswith(BASIS)}
     if content["format"] == 1:
         tensors = current_names(tensors)
-    return Artefact(config, tensors, content["base"], content["model"], content["versions"])
+    model = {**content["model"], "bases": bases} if bases else content["model"]
+    return Artefact(config, tensors, content["base"], model, content["versions"])
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -184,6 +194,8 @@ def _check_description(where: str, table: Description) -> None:
     }
     for key in ("atomic_energies", "scale", "shift"):
         checks[key] = key in table
+    if "any_basis" in table:
+        checks["any_basis"] = check_any_basis(table["any_basis"])
     if all(checks.values()):
         energies, size = table["atomic_energies"], (len(heads), len(numbers))
         checks["atomic_energies"] = energies is None or (
@@ -231,12 +243,26 @@ def current_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_factors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_factors(
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    started: Description | None = None,
+    here: Bases | None = None,
+) -> None:
     """Copy factors into the adapters of `model`: all of them, and no others.
 
+    Args:
+        tensors: by `<weight>.<factor>`.
+        started: the model that they belong to, `Artefact.model`; where its contractions are in
+            another basis, their factors are carried over.
+        here: the basis of `model`, where its kernels don't tell it.
+
     Raises:
-        ArtefactError: names or shapes differ; `model` is left as it was.
+        ArtefactError: names or shapes differ, or an update doesn't exist in the basis of `model`,
+            which is left as it was.
     """
+    if there := stored_bases(started or {}):
+        tensors = carry(model, tensors, there, bases_of(model) if here is None else here)
     own = adapter_parameters(model)
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 
@@ -15,13 +16,18 @@ def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(n): p for n, p in model.named_parameters() if id(p) not in foreign}
 
 
-def fingerprint(model: torch.nn.Module) -> str:
+def fingerprint(model: torch.nn.Module, without: Collection[str] = ()) -> str:
     """A SHA-256 over the base parameters in single precision, and their names and shapes.
 
     Single precision, so that a float32 file and its float64 copy are the same base.
+
+    Args:
+        without: names of parameters that don't count.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base_state(model).items()):
+        if name in without:
+            continue
         values = parameter.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
         digest.update(values.numpy().tobytes())

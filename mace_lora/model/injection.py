@@ -13,7 +13,7 @@ from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
 from mace_lora.errors import ConfigError
 from mace_lora.model.report import AdaptedLayer, InjectionReport
-from mace_lora.model.selection import Choice, choose
+from mace_lora.model.selection import Choice, choose, part_of
 
 
 def check_model(model: object) -> None:
@@ -136,15 +136,9 @@ def _parts(model: torch.nn.Module) -> dict[str, tuple[int, int, int]]:
     """
     parts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        counts = parts.setdefault(_part(name), [0, 0, 0])
+        counts = parts.setdefault(part_of(name), [0, 0, 0])
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() if parameter.requires_grad else 0
     for name, _ in adapters(model):
-        parts[_part(name)][2] += 1
+        parts[part_of(name)][2] += 1
     return {part: (total, trainable, n) for part, (total, trainable, n) in parts.items()}
-
-
-def _part(name: str) -> str:
-    first, _, rest = name.partition(".")
-    index = rest.partition(".")[0]
-    return f"{first}.{index}" if index.isdigit() else first

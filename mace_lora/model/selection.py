@@ -11,7 +11,7 @@ import torch
 from mace_lora.adapters.layout import Site, Skipped
 from mace_lora.adapters.registry import get_method
 from mace_lora.config import AdapterConfig
-from mace_lora.errors import ConfigError, NoLayerMatched
+from mace_lora.errors import ConfigError, NoLayerMatched, closest, did_you_mean
 from mace_lora.model.layers import KINDS, find_biases, find_others, find_sites, find_tensors
 
 
@@ -57,11 +57,14 @@ def choose(model: torch.nn.Module, config: AdapterConfig) -> Choice:
     ]
     excluded = select(targeted, options.exclude, presets, KINDS)
     skipped += [_skip(site, "excluded") for site in excluded]
-    adapted = _without(targeted, excluded)
+    frozen = [s for part in options.frozen_parts() for s in _of_part(part, sites)]
+    skipped += [_skip(site, "frozen") for site in frozen]
+    adapted = _without(targeted, [*excluded, *frozen])
     if not adapted and not in_full:
-        raise NoLayerMatched(f"exclude={' '.join(options.exclude)} leaves nothing to train")
+        left_out = [*options.exclude, *options.frozen_parts()]
+        raise NoLayerMatched(f"without {' '.join(left_out)} there is nothing left to train")
     _check_patterns(options.layer_patterns(), adapted)
-    in_full += _without(_biases(model, options.bias, adapted), [*in_full, *adapted])
+    in_full += _without(_biases(model, options.bias, adapted), [*in_full, *adapted, *frozen])
     trained = {site.name for site in [*adapted, *in_full]}
     reasons = {s.name.removesuffix(".weight"): s for s in skipped}  # of several the last
     return Choice(adapted, in_full, [s for name, s in reasons.items() if name not in trained])
@@ -130,10 +133,37 @@ def select(
     return [s for s in sites if s.name in chosen]
 
 
+def _of_part(part: str, sites: list[Site]) -> list[Site]:
+    """The sites in a part of the model, such as `interactions.0`, or `interactions` for all.
+
+    Raises:
+        NoLayerMatched: there is no such part.
+    """
+    found = [site for site in sites if f"{site.name}.".startswith(f"{part}.")]
+    if not found:
+        raise NoLayerMatched(f"freeze={part}: no such part; {did_you_mean(part, _parts(sites))}")
+    return found
+
+
+def _parts(sites: list[Site]) -> list[str]:
+    """The parts in which the sites are, all of a kind after each other."""
+    names = {part_of(site.name) for site in sites}
+    return sorted(names | {name.partition(".")[0] for name in names})
+
+
 def _no_match(target: str, sites: list[Site]) -> str:
     names = sorted({s.name for s in sites})
     shown = ", ".join(names[:3]) if names else "none: this model has no layer that can be adapted"
+    hint = closest(target, [*_parts(sites), *names, "default", "all", *KINDS])
     return (
-        f"target {target!r} matches 0 of {len(names)} layers; layers are named like {shown}; "
-        f"presets are default, all, {', '.join(KINDS)}"
-    )
+        f"target {target!r} matches 0 of {len(names)} layers; layers are named like {shown}, in "
+        f"the parts {', '.join(_parts(sites))}; presets are default, all, {', '.join(KINDS)}. "
+        f"{hint}"
+    ).rstrip()
+
+
+def part_of(name: str) -> str:
+    """The part of a model in which a parameter is: `interactions.0`, `node_embedding`."""
+    first, _, rest = name.partition(".")
+    index = rest.partition(".")[0]
+    return f"{first}.{index}" if index.isdigit() else first

@@ -156,7 +156,7 @@ def parse(
     )
     if config is None:
         for field in RunOptions.flags():
-            if field.name in given:
+            if field.name in given and field.name != "step":
                 raise ConfigError(f"--{field.name} needs an adapter: give --lora=True or --adapter")
     elif "multiheads_finetuning" not in given:  # on by default, and by itself for some models
         args.multiheads_finetuning = args.pt_train_file is not None

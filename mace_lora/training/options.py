@@ -85,7 +85,8 @@ class RunOptions:
     )
     step: str = option(
         AUTO,
-        f"how steps and evaluations are computed, with the same results: {describe()}",
+        f"how steps and evaluations are computed, with the same results: {describe()}. Without an "
+        "adapter, and from random numbers as well, it is mace-torch's own unless this is given",
         choices=CHOICES,
     )
     defaults: str = option(

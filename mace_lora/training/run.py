@@ -29,7 +29,8 @@ from mace_lora.upstream.known import MINI
 
 
 def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOptions) -> Run | None:
-    """Train. Without an adapter this is mace-torch's own run, plus the foundation model `mini`.
+    """Train. Without an adapter this is mace-torch's own run, plus the foundation model `mini`, and
+    `--step` where that is given: of full fine-tuning, or of a training from random numbers.
 
     Returns:
         What is known of the run; None without an adapter.
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace, config: AdapterConfig | None, options: RunOpti
     upstream.check()
     if config is None:
         model = loading.load(MINI) if args.foundation_model == MINI else None
-        with upstream.substituted(_loaders(args, model)):
+        asked = "step" in options.given  # else mace-torch's own to the last bit
+        steps = Computing(options.step).substitutes() if asked else {}
+        with upstream.substituted({**steps, **_loaders(args, model)}):
             library.run(args)
         return None
     model = prepare(args, config, options)

@@ -15,8 +15,7 @@ from ase.data import chemical_symbols
 from mace_lora.adapters.registry import get_method
 from mace_lora.errors import ArtefactError, FoundationModelError, MaceLoraError
 from mace_lora.model import artefact
-from mace_lora.model.description import describe
-from mace_lora.model.fingerprint import fingerprint
+from mace_lora.model.identity import identity, is_same, stored_bases
 from mace_lora.model.injection import inject
 from mace_lora.training import checks
 from mace_lora.training.data import Data
@@ -144,12 +143,11 @@ class Start:
         base = {
             "name": str(args.foundation_model),
             "head": args.foundation_head,
-            **describe(model_foundation),
-            "fingerprint": fingerprint(model_foundation),
+            **identity(model_foundation),
         }
         _restore_e0s(model, energies)
         _log_e0s(heads, elements, energies)
-        start = {**describe(model), "fingerprint": fingerprint(model)}
+        start = identity(model)
         self.run.started = Started(base, start)
         _log_energy_offset(args, model, train_loader, self.data.has_isolated_atoms)
         return model, outputs
@@ -180,13 +178,14 @@ class Start:
     def _take_factors(self, model: torch.nn.Module, folder: str) -> None:
         """Take the factors of an existing adapter instead of fresh ones."""
         content = artefact.read(folder)
-        if content.model["fingerprint"] != self.run.started.start["fingerprint"]:
+        if not is_same(self.run.unadapted, content.model):
             raise ArtefactError(
                 f"--adapter_start={folder}: its run started from another model than this one "
                 "(another foundation model, other elements or other heads), so its factors mean "
                 "nothing here"
             )
-        artefact.load_factors(model, content.tensors)
+        here = stored_bases(self.run.started.start)  # before a conversion to other kernels
+        artefact.load_factors(model, content.tensors, content.model, here)
         logging.info(f"The adapter starts as {folder} has it; its E0s are those of this run")
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 
+from mace_lora.errors import FoundationModelError
+from mace_lora.model.bases import ROUNDING, left_over, transition, values, weights_of
 from mace_lora.upstream.hyperparameters import Foreign, number, part, parts, tensor
+from mace_lora.upstream.precision import default_dtype
 from mace_lora.upstream.reading import Made
 
-# Relative differences of constants that come from another precision, not from another meaning
-ROUNDING = 1e-5
+_POINTS = 64  # at which paths are compared: there are fewer independent ones
 
 
 def contractions(tree: Made) -> Iterator[tuple[str, Made]]:
@@ -45,6 +49,9 @@ def symmetric(coupling: torch.Tensor, vector: bool) -> torch.Tensor:
     total = torch.zeros_like(double)
     for order in orders:
         total += double.permute(*range(first), *order, coupling.ndim - 1)
+    # what is antisymmetric leaves rounding, and that is no path
+    if total.abs().max() <= ROUNDING * double.abs().max():
+        total.zero_()
     return (total / len(orders)).reshape(-1, coupling.shape[-1])
 
 
@@ -133,3 +140,59 @@ def _transition(there: torch.Tensor, here: torch.Tensor, path: str) -> torch.Ten
     if not close(here @ matrix, there):
         raise Foreign(f"the weights of {path} are in a basis that mace-torch doesn't have")
     return matrix
+
+
+@torch.no_grad()
+def in_basis(model: torch.nn.Module, reduced: bool) -> torch.nn.Module:
+    """A copy of `model` whose contractions are in mace-torch's reduced or full basis.
+
+    Raises:
+        FoundationModelError: a contraction isn't a combination of these paths, the model is in
+            cuequivariance's format, or the reduced basis is asked for without cuequivariance.
+    """
+    changed = deepcopy(model)
+    for block in changed.get_submodule("products").children():
+        old: Any = block.get_submodule("symmetric_contractions")
+        parts = getattr(old, "contractions", None)
+        if parts is None:
+            raise FoundationModelError("a model in cuequivariance's format has no such basis")
+        first = next(iter(parts))
+        with torch.random.fork_rng(devices=[]), default_dtype(first.weights_max.dtype):
+            new = type(old)(
+                irreps_in=old.irreps_in,
+                irreps_out=old.irreps_out,
+                correlation=first.correlation,
+                num_elements=first.weights_max.shape[0],
+                use_reduced_cg=reduced,
+            ).to(first.weights_max.device)
+        for i, (one, other) in enumerate(zip(parts, new.contractions, strict=True)):
+            _fill(other, one, f"contraction {i} of {type(block).__name__}")
+        block.symmetric_contractions = new
+    setattr(changed, "use_reduced_cg", reduced)  # noqa: B010  (torch's stubs know tensors alone)
+    if reduced:
+        tell_basis(changed)
+        if not getattr(changed, "use_reduced_cg"):  # noqa: B009
+            raise FoundationModelError(
+                "mace-torch has the reduced basis where cuequivariance is installed: "
+                "pip install cuequivariance-torch"
+            )
+    return changed
+
+
+def _fill(new: torch.nn.Module, old: torch.nn.Module, called: str) -> None:
+    """Give a contraction the weights with which it is `old`."""
+    for order, name in weights_of("", old):
+        weight = name.removeprefix(".")
+        before, now = (part.get_parameter(weight) for part in (old, new))
+        couplings = (part.get_buffer(f"U_matrix_{order}") for part in (old, new))
+        there, here = (values(coupling, order, _POINTS) for coupling in couplings)
+        matrix = transition(there, here).to(before)
+        found = torch.einsum("qp,epc->eqc", matrix, before)
+        left = left_over(there, before.cpu(), here, found.cpu())
+        if left > ROUNDING:
+            raise FoundationModelError(
+                f"{called}, order {order}, can't be had in the other basis: the best weights miss "
+                f"{left:.1e} of its products"
+            )
+        now.copy_(found)
+        now.requires_grad_(before.requires_grad)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from mace_lora.upstream.bases import ROUNDING
+from mace_lora.model.bases import ROUNDING
 from mace_lora.upstream.hyperparameters import Foreign, own_value, plain
 from mace_lora.upstream.reading import Made, walk
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.frames import ethanol
 from helpers.running import here
 
-from mace_lora import AdapterConfig, extract, inject, load_foundation, merge
+from mace_lora import AdapterConfig, extract, inject, load_adapter, load_foundation, merge
 from mace_lora.backends.fused import Fused
+from mace_lora.errors import NoLayerMatched
 from mace_lora.model.injection import adapter_parameters, adapters
 from mace_lora.testing import loss_of, outputs, randomise_, worst
+from mace_lora.training.arguments import parse
 from mace_lora.upstream.predicting import frames_to_batch
 
 
@@ -49,6 +52,61 @@ def test_targets_choose_among_all_parameters(build):
     assert trained(targets=("readouts",)) == {n for n in every if n.startswith("readouts")}
     assert trained(exclude=("other",)) == every - trained(targets=("other",))
     assert trained(bias="all") == every
+
+
+def test_parts_are_frozen_by_name(build):
+    def trained(**options) -> set[str]:
+        model = build("nonlinear")
+        inject(model, AdapterConfig.create("full", **options))
+        return {name for name, _ in adapters(model)}
+
+    every = trained()
+    parts = ("interactions.1", "products")
+    left = {name for name in every if not name.startswith(parts)}
+    assert 0 < len(left) < len(every)
+    assert trained(freeze=parts) == trained(freeze=parts, bias="all") == left
+    assert trained(freeze=("readouts",), targets=("readouts.0", "products")) == {
+        name for name in every if name.startswith("products")
+    }
+    with pytest.raises(
+        NoLayerMatched, match=r"freeze=interaction.0: .* known: interactions, inter"
+    ):
+        trained(freeze=("interaction.0",))
+    with pytest.raises(NoLayerMatched, match=r"Did you mean 'interactions\.0'"):
+        trained(freeze=("interaction.0",))
+    with pytest.raises(
+        NoLayerMatched, match=r"in the parts interactions.* Did you mean 'readouts'"
+    ):
+        trained(targets=("readuots",))
+    with pytest.raises(NoLayerMatched, match="nothing left to train"):
+        trained(targets=("readouts",), freeze=("readouts",))
+
+
+def test_a_low_rank_adapter_is_extracted_from_a_full_one(build, frames, tmp_path):
+    """Of a full update that happens to be of rank 2, all of it."""
+    base = build("high_order")
+    low = deepcopy(base)
+    inject(low, AdapterConfig.create("lora", rank=2, targets=("all",)))
+    randomise_(low, std=0.2)
+    full = extract(base, merge(low), AdapterConfig.create("full"))
+    full.save(tmp_path / "full")
+    tuned = merge(load_adapter(base, tmp_path / "full"))
+    wanted = outputs(tuned, frames)
+    assert worst(outputs(base, frames), wanted) > 1e-3
+    found = extract(base, tuned, AdapterConfig.create("lora", rank=2, targets=("all",)))
+    assert worst(wanted, outputs(found.model, frames)) < 1e-10
+    found.save(tmp_path / "low")
+    assert worst(wanted, outputs(load_adapter(base, tmp_path / "low"), frames)) < 1e-10
+
+
+def test_the_published_recipe_is_a_configuration():
+    config = Path(__file__).parents[2] / "configs" / "full_published.yaml"
+    args, adapter, options = parse([f"--config={config}", "--train_file=a.xyz"])
+    assert adapter is not None
+    assert adapter.method == "full"
+    assert (args.lr, args.ema, args.ema_decay, args.clip_grad) == (0.001, True, 0.999, 1.0)
+    assert (args.weight_decay, args.energy_weight, args.forces_weight) == (0.0, 10.0, 10.0)
+    assert (options.schedule, options.protect, options.solve_e0s) == ("constant", False, False)
 
 
 def test_the_difference_of_two_models_is_extracted_exactly(build, frames):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import zoo
 from helpers.frames import FRAMES, ethanol
-from helpers.running import run_command
+from helpers.running import here, run_command
 from helpers.steps import METHODS, Plain, adapted, differs, step
 
 from mace_lora.backends.base import Backend
@@ -180,6 +180,22 @@ def test_full_fine_tuning(build):
     assert any("symmetric_contractions" in name for name in found)
     assert any("node_embedding" in name for name in found)
     assert differs(expected, found) < 1e-10
+
+
+def test_training_from_random_numbers(tmp_path, small_data):
+    """Without a foundation model or an adapter: the losses of mace-torch's own steps."""
+    flags = ["--name=run", *(f"--{part}_file={small_data[part]}" for part in ("train", "valid"))]
+    flags += ["--model=ScaleShiftMACE", "--hidden_irreps=4x0e + 4x1o", "--r_max=4", "--max_ell=2"]
+    flags += ["--E0s=average", "--batch_size=5", "--valid_batch_size=5", "--max_num_epochs=3"]
+    flags += ["--default_dtype=float64", "--seed=1", "--ema", "--correlation=2"]
+    losses = {}
+    for name, more in {"plain": [], "fused": ["--step=fused"]}.items():
+        assert here(tmp_path / name, *flags, *more) == ""
+        lines = (tmp_path / name / "results" / "run_run-1_train.txt").read_text().splitlines()
+        losses[name] = [row["loss"] for row in map(json.loads, lines)]
+    assert len(losses["plain"]) > 8
+    assert losses["fused"] == pytest.approx(losses["plain"], rel=1e-10)
+    assert losses["fused"] != losses["plain"]  # other operations: rounding differs
 
 
 def all_gradients(backend: Backend, model: torch.nn.Module, batch) -> dict[str, torch.Tensor]:

@@ -80,6 +80,20 @@ def test_dynamics(folder, monkeypatch, capsys):
     assert len(ase.io.read("dynamics.traj", index=":")) == 21
 
 
+def test_committee(folder, monkeypatch, capfd):
+    flags = ("--members", 2, "--number", 2, "--max_num_epochs=1", "--protect=False")
+    said = example("committee.py", monkeypatch, capfd, "train.xyz", "test.xyz", *flags)
+    energy_std = float(said.partition("eV, standard deviation ")[2].split()[0])
+    forces_std = float(said.partition("standard deviation up to ")[2].split()[0])
+    assert 0.0 < energy_std < 1000.0  # meV
+    assert 1.0 < forces_std < 1000.0  # meV/A; errors of `mini` are 400
+    assert "uncertain by" in said
+    pool, taken = (ase.io.read(name, index=":") for name in ("test.xyz", "next.xyz"))
+    first = int(said.partition("best first:")[2].partition("frame ")[2].partition(":")[0])
+    assert len(taken) == 2
+    assert taken[0].positions == pytest.approx(pool[first].positions, abs=1e-6)
+
+
 def test_several_adapters(folder, monkeypatch, capsys):
     said = example("several_adapters.py", monkeypatch, capsys, "one", "other", "test.xyz")
     one, other, both, mixed = (
