@@ -53,6 +53,7 @@ _STEADY = {
 _BESIDE = {
     "protect": Choice(True, "walls between atoms stay where the data say nothing"),
     "solve_e0s": Choice(True, "energies keep their mean while forces are learnt"),
+    "plot": Choice(False, "a run draws its own pictures, from predictions that it has"),
 }
 RECIPE: Mapping[str, Choice] = {**_RATES, **_DECAY, **_WEIGHTS, **_STEADY, **_BESIDE}
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from mace_lora.backends.base import Backend
 from mace_lora.backends.choice import choose
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.answers import Answers
 from mace_lora.upstream.types import Dataset, Loader, Metrics, Number
 
 # Of one step: the loss, and what is logged
@@ -25,11 +26,16 @@ class Computing:
     Args:
         name: the value of `--step`.
         at_the_end: to which the data sets are added that are evaluated at the end, with errors.
+        answers: where what is predicted then is remembered.
     """
 
     def __init__(
-        self, name: str, at_the_end: list[tuple[Dataset, Mapping[str, float]]] | None = None
+        self,
+        name: str,
+        at_the_end: list[tuple[Dataset, Mapping[str, float]]] | None = None,
+        answers: Answers | None = None,
     ) -> None:
+        self._answers = answers or Answers()
         self._name = name
         self._at_the_end = [] if at_the_end is None else at_the_end
         self._backend: Backend | None = None
@@ -93,7 +99,8 @@ class Computing:
         self, model: torch.nn.Module, *rest: object, data_loader: Loader, **keywords: object
     ) -> tuple[float, Metrics]:
         """The same, for mace-torch's tables of errors."""
-        loss, found = self.evaluate(model, *rest, data_loader=data_loader, **keywords)
+        with self._answers.listening(_inner(model)):
+            loss, found = self.evaluate(model, *rest, data_loader=data_loader, **keywords)
         numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float))}
         self._at_the_end.append((data_loader.dataset, numbers))
         return loss, found

@@ -19,6 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,7 @@ class Loop:
         self.run_options = run.asked.options
         self.args = run.asked.args
         self.files, self.estimated = run.files, run.estimated
+        self._known_of_start = partial(run.before.forces, run.unadapted)
         self.history = run.trained.history
         self.at = run.trained.at
         self.given = given = arguments
@@ -122,6 +124,7 @@ class Loop:
                 self.args.seed,
                 self.train_loader.batch_size * processes.count(self.distributed),
                 self.max_grad_norm,
+                self._known_of_start,
             ).gradients
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
             self._log_settings()
