@@ -119,18 +119,24 @@ class Answers:
             self._models.add(copy)
             self._models.discard(model)
 
+    def begin(self, model: torch.nn.Module) -> None:
+        """All is forgotten; what is remembered from here on is of `model`."""
+        self._known, self._smallest, self._models = {}, None, WeakSet([model])
+
     @contextlib.contextmanager
     def listening(self, model: torch.nn.Module) -> Iterator[None]:
-        """What `model` predicts in the block for others is remembered, of MOST_FRAMES frames."""
-        if not self._serves(model):
+        """What `model` predicts in the block for others is remembered, of MOST_FRAMES frames; it
+        predicts as the model with which all began, in other words as an adapted and a merged one.
+        """
+        if not _is_simple(model):
             yield
             return
         most = len(self._known) + MOST_FRAMES
 
         def hook(_: object, inputs: tuple[Tensors, ...], output: Mapping[str, Any]) -> None:
-            found = {k: output.get(k) for k in ("energy", "forces", "stress")}
-            if len(self._known) < most and found["forces"] is not None:
-                values = {k: _numpy(v) for k, v in found.items() if v is not None}
+            given = {k: output.get(k) for k in ("energy", "forces", "stress")}
+            values = {k: _numpy(v) for k, v in given.items() if v is not None}
+            if len(self._known) < most and {"energy", "forces"} <= values.keys():
                 self._remember(model, _frames_of_batch(inputs[0], model), values)
 
         handle = model.register_forward_hook(hook)
@@ -158,11 +164,11 @@ class Answers:
 
     def _serves(self, model: torch.nn.Module) -> bool:
         """Whether `model` predicts what is remembered; with one that doesn't all begins anew."""
-        if len(heads(model)) != 1 or inputs_of(model):
+        if not _is_simple(model):
             return False
         if model not in self._models:
             if not self._agrees(model):
-                self._known, self._smallest, self._models = {}, None, WeakSet()
+                self.begin(model)
             self._models.add(model)
         return True
 
@@ -183,6 +189,11 @@ class Answers:
         ) and np.allclose(
             found["forces"], known.forces, rtol=0, atol=tolerance * np.abs(known.forces).max()
         )
+
+
+def _is_simple(model: torch.nn.Module) -> bool:
+    """Whether its answers depend on nothing but atoms and cell."""
+    return len(heads(model)) == 1 and not inputs_of(model)
 
 
 def _answered(answer: _Answer | None, compute_stress: bool) -> bool:

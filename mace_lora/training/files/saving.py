@@ -81,6 +81,7 @@ class Saving:
         n_frames = sum(b.num_graphs for b in batches)
         text = predicting.differences_text(found)
         logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
+        self.run.after.begin(merged)
         lost = self.run.saved.lost if hasattr(self.run, "saved") else None  # stage one
         self.run.saved = Saved(merged, lost)
         return merged
