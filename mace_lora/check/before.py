@@ -13,12 +13,17 @@ from mace_lora.check.compared import compare, sample
 from mace_lora.check.findings import ERROR
 from mace_lora.errors import DataError
 from mace_lora.frames.reading import XyzFrames
+from mace_lora.upstream.answers import Answers
 
 MOST_FRAMES, MOST_ATOMS, LEAST_FRAMES = 16, 800, 4
 
 
 def before_training(
-    file: XyzFrames, model: torch.nn.Module, labels: Collection[str], head: str | None = None
+    file: XyzFrames,
+    model: torch.nn.Module,
+    labels: Collection[str],
+    head: str | None = None,
+    answers: Answers | None = None,
 ) -> None:
     """Compare some labels of a file with what a foundation model predicts; log what is doubtful.
 
@@ -27,13 +32,14 @@ def before_training(
         model: the foundation model.
         labels: those that are trained on; the others may be whatever they are.
         head: of it.
+        answers: what it has predicted so far.
 
     Raises:
         DataError: labels are in another unit, or of the other sign.
     """
     chosen = sample(file.configurations, MOST_FRAMES, MOST_ATOMS, LEAST_FRAMES)
     try:
-        compared = compare(file, chosen, model, head)
+        compared = compare(file, chosen, model, head, answers)
         found = [] if compared is None else units.findings(file.path, compared, file.factors)
     except (RuntimeError, ValueError, KeyError, np.linalg.LinAlgError) as error:
         # a model that can't predict these frames says nothing of them, and is no reason to stop

@@ -13,13 +13,12 @@ import torch
 from mace_lora.frames.isolated_atoms import known_theories
 from mace_lora.frames.reading import XyzFrames
 from mace_lora.model.description import atomic_numbers, e0s, heads
-from mace_lora.upstream import predicting
+from mace_lora.upstream.answers import Answers
 from mace_lora.upstream.graphs import Configuration, has_volume, is_placeholder
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
 _CHARGE = "total_charge"
-_BATCH_ATOMS = 400
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,11 @@ def sample(frames: Sequence[Configuration], most: int, atoms: int, least: int) -
 
 
 def compare(
-    file: XyzFrames, chosen: Iterable[int], model: torch.nn.Module, head: str | None = None
+    file: XyzFrames,
+    chosen: Iterable[int],
+    model: torch.nn.Module,
+    head: str | None = None,
+    answers: Answers | None = None,
 ) -> Compared | None:
     """What `model` predicts for some frames of a file; None where it knows none of them.
 
@@ -81,6 +84,7 @@ def compare(
         chosen: which of them, as in `sample`.
         model: the base model.
         head: of it; the default one, or the last, if None or unknown.
+        answers: what it has predicted so far.
     """
     known, own = set(atomic_numbers(model)), heads(model)
     default = next((name for name in own if name.lower() == "default"), own[-1])
@@ -90,13 +94,7 @@ def compare(
         return None
     frames = [replace(file.configurations[i], head=head) for i in kept]  # type: ignore[type-var]
     wants_stress = any(_label(f, name) is not None for f in frames for name in _MATRICES)
-    parts = predicting.in_parts(frames, lambda f: len(f.atomic_numbers), _BATCH_ATOMS)
-    found = predicting.predict(
-        model,
-        (predicting.configurations_to_batch(part, model) for part in parts),
-        compute_stress=wants_stress,
-    )
-    values = {name: value.cpu().double().numpy() for name, value in found.items()}
+    values = (answers or Answers()).predict(model, frames, wants_stress)
     if "energy" not in values or "forces" not in values:
         return None
     return _compared(file, kept, frames, values, e0s(model, head))

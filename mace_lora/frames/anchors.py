@@ -18,6 +18,7 @@ MOST_PAIRS = 4000
 # Of all distances in a compressed or stretched frame, and standard deviation of displacements (A)
 SCALES = (0.7, 1.15)
 RATTLES = (0.03, 0.3)
+PIECE = 200  # atoms: of larger frames a piece says as much
 
 
 def pairs(numbers: Iterable[int], without: Iterable[int] = (), seed: int = 0) -> list[ase.Atoms]:
@@ -41,7 +42,8 @@ def pairs(numbers: Iterable[int], without: Iterable[int] = (), seed: int = 0) ->
 def distorted(
     frames: Sequence[ase.Atoms], n: int, seed: int = 0
 ) -> tuple[list[ase.Atoms], list[int]]:
-    """Frames with all distances scaled and all atoms displaced, both at random.
+    """Frames with all distances scaled and all atoms displaced, both at random; of large ones the
+    PIECE atoms around one of them.
 
     Returns:
         `n` frames, each with the number of the one that it was made of.
@@ -50,10 +52,21 @@ def distorted(
     made, sources = [], []
     for _ in range(n):
         i = int(rng.integers(len(frames)))
-        atoms, scale = frames[i].copy(), rng.uniform(*SCALES)
+        atoms, scale = _piece(frames[i], rng), rng.uniform(*SCALES)
         atoms.set_cell(atoms.cell * scale)
         atoms.positions *= scale
         atoms.positions += rng.uniform(*RATTLES) * scale * rng.normal(size=(len(atoms), 3))
         made.append(atoms)
         sources.append(i)
     return made, sources
+
+
+def _piece(frame: ase.Atoms, rng: np.random.Generator) -> ase.Atoms:
+    if len(frame) <= PIECE:
+        whole: ase.Atoms = frame.copy()
+        return whole
+    centre = int(rng.integers(len(frame)))
+    everything = list(range(len(frame)))
+    vectors = frame.get_distances(centre, everything, mic=frame.pbc.any(), vector=True)
+    nearest = np.argsort((vectors**2).sum(axis=1), kind="stable")[:PIECE]
+    return ase.Atoms(frame.numbers[nearest], vectors[nearest])

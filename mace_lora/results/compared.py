@@ -16,11 +16,10 @@ from mace_lora.frames.units import Units
 from mace_lora.results.evaluation import UNITS, Errors, errors, predict_values
 from mace_lora.results.labelled import LabelledFrames, Values, frames_of, read_frames, with_inputs
 from mace_lora.upstream import predicting
+from mace_lora.upstream.answers import MOST_FRAMES, Answers
 from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.types import Dataset
 
-# More frames than this of one set are not predicted again
-MOST_FRAMES = 500
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 
 
@@ -55,6 +54,7 @@ def compare(
     train_sets: Mapping[str, Dataset],
     valid_sets: Mapping[str, Dataset],
     units: Units,
+    answers: tuple[Answers, Answers] | None = None,
 ) -> list[Compared]:
     """Predict the frames of a run, at most MOST_FRAMES of each set, with its start and its result.
 
@@ -64,13 +64,15 @@ def compare(
         model: the merged model.
         train_sets, valid_sets: by head.
         units: of the labels in the test file.
+        answers: what start and result have predicted so far.
     """
+    both = list(zip((start, model), answers or (Answers(), Answers()), strict=True))
     found = []
     for kind, head, frames in _labelled(args, model, train_sets, valid_sets, units):
         known = with_inputs(frames, inputs_of(model))
         before, after = (
-            predict_values(m, known, [head] * len(known.atoms), args.valid_batch_size)
-            for m in (start, model)
+            predict_values(m, known, [head] * len(known.atoms), answers=so_far)
+            for m, so_far in both
         )
         found.append(Compared(kind, head, known.name, known, before, after))
     return found

@@ -14,6 +14,7 @@ from mace_lora.frames.reading import configuration_of
 from mace_lora.model.description import heads as heads_of
 from mace_lora.results.labelled import Array, LabelledFrames, Values
 from mace_lora.upstream import predicting
+from mace_lora.upstream.answers import Answers
 from mace_lora.upstream.inputs import inputs_of
 
 UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
@@ -74,6 +75,7 @@ def predict_values(
     frames: LabelledFrames,
     heads: Sequence[str],
     batch_size: int = 16,
+    answers: Answers | None = None,
 ) -> Values:
     """What `model` predicts for `frames`, whose elements it must know; stress where labelled.
 
@@ -82,6 +84,7 @@ def predict_values(
         frames: as `with_inputs` gives them for it.
         heads: of the model, one for each frame.
         batch_size: frames at once, or fewer where they have `predicting.MOST_ATOMS`.
+        answers: what it has predicted so far.
 
     Raises:
         DataError: no energies and forces come out of this kind of model.
@@ -91,21 +94,24 @@ def predict_values(
     configurations = [
         configuration_of(atoms, read, head) for atoms, head in zip(frames.atoms, heads, strict=True)
     ]
-    batches = (
-        predicting.configurations_to_batch(part, model)
-        for part in predicting.in_parts(
-            configurations, lambda c: len(c.atomic_numbers), predicting.MOST_ATOMS, batch_size
+    if answers is None:
+        batches = (
+            predicting.configurations_to_batch(part, model)
+            for part in predicting.in_parts(
+                configurations, lambda c: len(c.atomic_numbers), predicting.MOST_ATOMS, batch_size
+            )
         )
-    )
-    found = predicting.predict(model, batches, compute_stress=want_stress)
+        predicted = predicting.predict(model, batches, compute_stress=want_stress)
+        found = {name: value.cpu().double().numpy() for name, value in predicted.items()}
+    else:
+        found = answers.predict(model, configurations, compute_stress=want_stress)
     if "energy" not in found or "forces" not in found:
         raise DataError(f"a {type(model).__name__} predicts no energies and forces to compare")
     sizes = np.array([len(a) for a in frames.atoms])
     stress = np.full((len(sizes), 3, 3), np.nan)
     if want_stress and "stress" in found:
-        stress = found["stress"].cpu().double().numpy()
-    energy = found["energy"].cpu().double().numpy() / sizes
-    return Values(energy, found["forces"].cpu().double().numpy(), stress)
+        stress = found["stress"]
+    return Values(found["energy"] / sizes, found["forces"], stress)
 
 
 def with_fitted_e0s(frames: LabelledFrames, predicted: Values) -> Values:

@@ -16,11 +16,12 @@ from mace_lora.config import AdapterConfig
 from mace_lora.model import artefact
 from mace_lora.model.description import describe
 from mace_lora.model.report import InjectionReport
-from mace_lora.results.compared import MOST_FRAMES, Compared, before_after, table
+from mace_lora.results.compared import Compared, before_after, table
 from mace_lora.results.evaluation import UNITS, Errors
 from mace_lora.results.page import Page
 from mace_lora.results.pictures import parity
 from mace_lora.upstream import known
+from mace_lora.upstream.answers import MOST_FRAMES
 
 
 def write(

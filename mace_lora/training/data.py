@@ -27,6 +27,7 @@ from mace_lora.training.epochs import processes
 from mace_lora.training.options import RunOptions
 from mace_lora.upstream import graphs, library
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.answers import Answers
 from mace_lora.upstream.graphs import Configuration, Graphs, KeySpecification
 from mace_lora.upstream.inputs import inputs_of
 from mace_lora.upstream.types import ElementTable, Graph, HeadConfig
@@ -47,6 +48,7 @@ class Data:
         files: to which those are added that frames were read from, as ASE reads them.
         estimated: to which the heads are added whose E0s are estimated.
         options: of the run: the units of the files, whether labels are checked, and what suits.
+        answers: what the foundation model predicts.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Data:
         files: list[str] | None = None,
         estimated: set[str] | None = None,
         options: RunOptions | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self.args = args
+        self._answers = answers or Answers()
         self._units = Units.parse(options.units if options else None)
         self._checks_units = options is not None and options.check
-        self.energies = AtomicEnergies(lambda: bool(args.foundation_model_elements))
+        self.energies = AtomicEnergies(lambda: bool(args.foundation_model_elements), self._answers)
         self.has_isolated_atoms = False  # which give the E0s, whatever --E0s says
         self._files = [] if files is None else files
         self._estimated = set() if estimated is None else estimated
@@ -85,6 +89,7 @@ class Data:
         makers = ("graphs", "graph_of_replay", "graph_of_lmdb")
         return {
             **dict.fromkeys(makers, self._graphs),
+            "items": graphs.items,
             "load_xyz": self.load_xyz,
             "load_stored": self.load_stored,
             "frame_of_lmdb": stored.frame_of_lmdb,
@@ -229,7 +234,7 @@ class Data:
         model = self.foundation()
         if self._checks_units and model is not None and not no_data_ok:
             labels = (*rules.needed, *rules.welcome)
-            before_training(frames, model, labels, self.args.foundation_head)
+            before_training(frames, model, labels, self.args.foundation_head, self._answers)
         if extract_atomic_energies:  # these are frames to train on
             self._remember(lacking, rules)
             self._count(len(frames.configurations), sum(map(_atoms, frames.configurations)))

@@ -42,7 +42,7 @@ _DECAY = {
     ),
 }
 _WEIGHTS = {
-    "energy_weight": Choice(100.0, "energies per atom are small numbers beside forces"),
+    "energy_weight": Choice(300.0, "energies per atom are small numbers beside forces"),
     "forces_weight": Choice(10.0, "energies per atom are small numbers beside forces"),
 }
 _STEADY = {
@@ -53,6 +53,7 @@ _STEADY = {
 _BESIDE = {
     "protect": Choice(True, "walls between atoms stay where the data say nothing"),
     "solve_e0s": Choice(True, "energies keep their mean while forces are learnt"),
+    "plot": Choice(False, "a run draws its own pictures, from predictions that it has"),
 }
 RECIPE: Mapping[str, Choice] = {**_RATES, **_DECAY, **_WEIGHTS, **_STEADY, **_BESIDE}
 

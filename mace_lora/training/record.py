@@ -23,6 +23,7 @@ from mace_lora.results.compared import Compared
 from mace_lora.results.progress import History
 from mace_lora.training.options import RunOptions
 from mace_lora.training.recipes import Choice
+from mace_lora.upstream.answers import Answers
 from mace_lora.upstream.types import Dataset
 
 
@@ -96,6 +97,7 @@ class Run:
         files: that frames were read from, so far.
         chosen: the flags that were not given, at what suits the run.
         evaluated: the data sets of mace-torch's tables at the end, with their errors.
+        before, after: what the start and the result predict, as far as somebody has asked.
         estimated: the heads whose E0s were estimated, by none but the foundation model's answers.
         foundation: the foundation model as it was loaded, with all its heads and elements.
         unadapted: the model of the start, a copy, plain layers with the E0s of the start.
@@ -117,6 +119,7 @@ class Run:
         self.began = time.monotonic()
         self.files: list[str] = []
         self.evaluated: list[tuple[Dataset, Mapping[str, float]]] = []
+        self.before, self.after = Answers(), Answers()
         self.estimated: set[str] = set()
         self.compared: list[Compared] = []
         self.judged: list[str] = []

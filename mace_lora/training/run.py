@@ -75,11 +75,11 @@ def substitutes(run: Run, stop: StopRequest) -> dict[str, object]:
     args = run.asked.args
     options = run.asked.options
     loaded = partial(getattr, run, "foundation", None)
-    data = Data(args, loaded, run.files, run.estimated, options)
+    data = Data(args, loaded, run.files, run.estimated, options, run.before)
     suiting = defaults.Suiting(run, data)
     starting = start.Start(run, data)
     limit = Limit.of(args, options)
-    computing = Computing(options.step, run.evaluated, limit)
+    computing = Computing(options.step, run.evaluated, limit, run.after)
     checkpoints = Checkpoints(run)
     ending = saving.Saving(run, checkpoints)
     terminal = logs.Terminal(replay=lambda: bool(args.multiheads_finetuning))

@@ -149,14 +149,33 @@ class Start:
         _log_e0s(heads, elements, energies)
         start = identity(model)
         self.run.started = Started(base, start)
-        _log_energy_offset(args, model, train_loader, self.data.has_isolated_atoms)
+        self._log_energy_offset(model, train_loader)
         return model, outputs
+
+    def _log_energy_offset(self, model: torch.nn.Module, train_loader: Loader) -> None:
+        graphs = predicting.first_of(train_loader.dataset, OFFSET_FRAMES, "energy")
+        if not graphs:
+            return
+        predicted = self.run.before.predict(model.to(self.run.asked.args.device), graphs)
+        if "energy" not in predicted:
+            return
+        atoms = np.array([len(graph.positions) for graph in graphs])
+        labels = np.array([float(graph["energy"]) for graph in graphs])
+        offset = float(((predicted["energy"] - labels) / atoms).mean())
+        logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
+        if abs(offset) > LARGE_OFFSET:
+            source, advice = _about_e0s(self.run.asked.args, self.data.has_isolated_atoms)
+            logging.warning(
+                f"{source}: training starts {offset:+.2f} eV per atom away from the labels, and a "
+                f"low-rank adapter can hardly correct such an offset: {advice}"
+            )
 
     def inject(self, model: torch.nn.Module, rank: int = 0, alpha: float = 0) -> torch.nn.Module:
         """mace-torch injects first and converts to other kernels after: that drops the adapters."""
         del rank, alpha  # they stand in the configuration
         args, config = self.run.asked.args, self.run.asked.config
         self.run.unadapted = deepcopy(model).cpu()  # out of the way until the end
+        self.run.before.copied(model, self.run.unadapted)
         if args.enable_cueq or args.enable_oeq:
             key = "to_cueq" if args.enable_cueq else "to_oeq"
             logging.info(f"Converting the model ({key}) before the adapters are attached")
@@ -210,26 +229,6 @@ def _log_e0s(
         shown = zip(elements, row, strict=True)
         text = ", ".join(f"{chemical_symbols[z]} {energy:.3f}" for z, energy in shown)
         logging.info(f"E0s of head {head}: {text} eV")
-
-
-def _log_energy_offset(
-    args: argparse.Namespace, model: torch.nn.Module, train_loader: Loader, isolated: bool
-) -> None:
-    batches = predicting.batch_of(train_loader.dataset, OFFSET_FRAMES, "energy")
-    if not batches:
-        return
-    predicted = predicting.predict(model.to(args.device), batches).get("energy")
-    if predicted is None:
-        return
-    atoms = (batches[0].ptr[1:] - batches[0].ptr[:-1]).to(predicted)
-    offset = ((predicted - batches[0].energy.to(predicted)) / atoms).mean().item()
-    logging.info(f"Energy offset before training: {1e3 * offset:+.1f} meV per atom")
-    if abs(offset) > LARGE_OFFSET:
-        source, advice = _about_e0s(args, isolated)
-        logging.warning(
-            f"{source}: training starts {offset:+.2f} eV per atom away from the labels, and a "
-            f"low-rank adapter can hardly correct such an offset: {advice}"
-        )
 
 
 def _about_e0s(args: argparse.Namespace, isolated: bool) -> tuple[str, str]:

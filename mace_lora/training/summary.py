@@ -52,7 +52,8 @@ def _compare(run: Run) -> list[Compared]:
     model, trained = run.saved.model, run.trained
     start = run.unadapted.to(next(model.parameters()))
     try:
-        return compare(run.asked.args, start, model, trained.train_sets, trained.valid_sets, units)
+        sets, answers = (trained.train_sets, trained.valid_sets), (run.before, run.after)
+        return compare(run.asked.args, start, model, *sets, units, answers)
     except Exception as error:  # the models are saved, and tables are no reason to fail
         logging.warning(f"no errors before and after: {type(error).__name__}: {error}")
         return []

@@ -6,7 +6,7 @@ those of which only predictions are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -133,3 +133,13 @@ def has_volume(cell: npt.ArrayLike | None) -> bool:
 def key_names(specification: KeySpecification) -> Mapping[str, str]:
     """A KeySpecification of mace-torch's as one table: property -> its name in a file."""
     return {**specification.info_keys, **specification.arrays_keys}
+
+
+def items(graph: Graph, *names: str) -> Iterator[tuple[str, object]]:
+    """The fields of a graph or batch that are not None, those of `names` alone where there are any;
+    in the place of mace-torch's `Data.__call__`.
+    """
+    fields = graph.to_dict()
+    for name in names or fields:
+        if name in fields:
+            yield name, fields[name]

@@ -58,12 +58,14 @@ def predict(
     batches: Iterable[Batch],
     device: str | torch.device | None = None,
     compute_stress: bool = False,
+    forces: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Energies (eV), forces (eV/A) and whatever else of OUTPUTS the model gives, over `batches`."""
     extra = {"compute_stress": True} if compute_stress else {}
+    extra |= {} if forces else {"compute_force": False}
     device = device or next(model.parameters()).device
     results: dict[str, list[torch.Tensor]] = {}
-    with computing(model):
+    with computing(model), torch.set_grad_enabled(forces or compute_stress):
         for batch in batches:
             output = model(batch.to(device).to_dict(), training=False, **extra)
             for key in OUTPUTS:
@@ -120,7 +122,10 @@ def differences_text(found: dict[str, tuple[float, float]]) -> str:
 
 
 def in_parts(
-    frames: Iterable[T], n_atoms: Callable[[T], int], most_atoms: int, most_frames: float = math.inf
+    frames: Iterable[T],
+    n_atoms: Callable[[T], int],
+    most_atoms: float,
+    most_frames: float = math.inf,
 ) -> Iterator[list[T]]:
     """`frames` in their order, so many at once; a single one may have more atoms."""
     part: list[T] = []
@@ -133,18 +138,26 @@ def in_parts(
     yield part
 
 
-def batch_of(dataset: Dataset, n_frames: int, label: str | None = None) -> list[Batch]:
+def batch_of(dataset: Dataset, n_frames: int, most_atoms: float = math.inf) -> list[Batch]:
     """The first frames of a data set as one batch (a list of one), or an empty list.
 
     Args:
         dataset: of mace-torch.
-        n_frames: so many, or fewer where there are fewer, or where they have MOST_ATOMS.
-        label: take frames that have it; looked for among the first hundred times as many.
+        n_frames: so many, or fewer where there are fewer.
+        most_atoms: in the batch; the first frame may have more.
+    """
+    graphs = first_of(dataset, n_frames)
+    frames = next(in_parts(graphs, lambda graph: len(graph.positions), most_atoms))
+    return [library.batch(frames)] if frames else []
+
+
+def first_of(dataset: Dataset, n_frames: int, label: str | None = None) -> list[Graph]:
+    """The first frames of a data set, or fewer where there are fewer; those that have a label,
+    looked for among the first hundred times as many.
     """
     items = (dataset[i] for i in range(min(100 * n_frames, len(dataset))))
-    chosen = itertools.islice((i for i in items if label is None or has(i, label)), n_frames)
-    frames = next(in_parts(chosen, lambda graph: len(graph.positions), MOST_ATOMS))
-    return [library.batch(frames)] if frames else []
+    chosen = (graph for graph in items if label is None or has(graph, label))
+    return list(itertools.islice(chosen, n_frames))
 
 
 def has(graph: Graph, label: str) -> bool:

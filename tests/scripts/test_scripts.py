@@ -63,3 +63,23 @@ def test_study(tmp_path, study):
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len(lines) == 2 + {"init": 5, "mini": 1}[study]
     assert "rank 4" in lines[2]
+
+
+@pytest.mark.slow
+def test_whole_runs_are_compared():
+    """Three frames of ethanol, one epoch of each program."""
+    frames = ROOT / "mace_lora" / "data" / "ethanol_train.xyz"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "scripts" / "bench_run.py"), f"--frames={frames}"),
+            *("--n_frames=3", "--n_valid=1", "--flags", "protect=False"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if "|" in line}
+    theirs, ours, ratio = (rows[who].split("|")[2:5] for who in ("mace-torch", "ours", "ratio"))
+    for a, b, found in zip(ours, theirs, ratio, strict=True):
+        assert float(found) == pytest.approx(float(a) / float(b), abs=0.1)

@@ -15,6 +15,7 @@ from mace_lora.backends.choice import choose
 from mace_lora.training.epochs.order import ShareOfBatches
 from mace_lora.training.epochs.sizes import Limit
 from mace_lora.upstream import names as upstream
+from mace_lora.upstream.answers import Answers
 from mace_lora.upstream.types import Dataset, Loader, Metrics, Number
 
 # Of one step: the loss, and what is logged
@@ -28,6 +29,7 @@ class Computing:
         name: the value of `--step`.
         at_the_end: to which the data sets are added that are evaluated at the end, with errors.
         limit: of batches by size, those of the evaluations at the end.
+        answers: where what is predicted then is remembered.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Computing:
         name: str,
         at_the_end: list[tuple[Dataset, Mapping[str, float]]] | None = None,
         limit: Limit | None = None,
+        answers: Answers | None = None,
     ) -> None:
         self._limit = limit
+        self._answers = answers or Answers()
         self._name = name
         self._at_the_end = [] if at_the_end is None else at_the_end
         self._backend: Backend | None = None
@@ -102,7 +106,8 @@ class Computing:
         """The same, for mace-torch's tables of errors."""
         if not isinstance(data_loader.batch_sampler, ShareOfBatches):  # a validation set has it
             ShareOfBatches.of(data_loader, limit=self._limit)
-        loss, found = self.evaluate(model, *rest, data_loader=data_loader, **keywords)
+        with self._answers.listening(_inner(model)):
+            loss, found = self.evaluate(model, *rest, data_loader=data_loader, **keywords)
         numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float))}
         self._at_the_end.append((data_loader.dataset, numbers))
         return loss, found

@@ -60,6 +60,7 @@ class Loop:
         self.run_options = run.asked.options
         self.args = run.asked.args
         self.files, self.estimated = run.files, run.estimated
+        self._known_of_start = partial(run.before.forces, run.unadapted)
         self.history = run.trained.history
         self.at = run.trained.at
         self.given = given = arguments
@@ -130,6 +131,7 @@ class Loop:
                 self.args.seed,
                 self._frames_per_step(),
                 self.max_grad_norm,
+                self._known_of_start,
             ).gradients
         with ProgressBar(total, per_epoch, done=done, enabled=self.rank == 0) as self.bar:
             self._log_settings()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import ase
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mace_lora.frames import anchors
@@ -24,11 +25,12 @@ from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.steps import Gradients
 from mace_lora.upstream import library
 from mace_lora.upstream.inputs import inputs_of
-from mace_lora.upstream.predicting import frames_to_data, predict
+from mace_lora.upstream.predicting import frames_to_data, in_parts, predict
 from mace_lora.upstream.types import Dataset, Graph
 
 SOURCES = 100  # training frames that distorted ones are made of
 DISTORTED = 200
+ATOMS = 10_000  # in all of either
 # Of each kind at a step: pairs of the elements in the frames, other pairs, distorted frames; beside
 # them every second pair of one wall
 PER_STEP = (8, 8, 1)
@@ -37,7 +39,10 @@ REPELS = 1.0  # eV/A: from this mean force on, a step of a wall must rise
 SPAN = 2  # pairs of half a wall, 0.1 A
 HELD = 0.5  # so much of the start's force along its direction is left, or it costs more
 WEIGHT = 0.3  # of it, beside the loss's
-AT_ONCE = 16  # anchors that are labelled in one batch
+AT_ONCE, ATOMS_AT_ONCE = 16, 400  # anchors and their atoms that are labelled in one batch
+
+# Of some graphs: forces on all their atoms, eV/A, or None
+Known = Callable[[Sequence[Graph]], npt.NDArray[np.float64] | None]
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Protection:
             that a continued run uses the same.
         frames_per_step: of all processes.
         clip: largest norm of the penalty's gradient, that of the loss's in this run.
+        known: gives the start's forces on all atoms of training frames, where those are known.
     """
 
     def __init__(
@@ -88,19 +94,22 @@ class Protection:
         seed: int,
         frames_per_step: float,
         clip: float | None = None,
+        known: Known = lambda _: None,
     ) -> None:
         self._clip = math.inf if clip is None else clip
         self._model, self._computing, self._seed = model, computing, seed
         # of one frame a distorted one costs as much as the step itself
         self._every = 2 if frames_per_step > 1 else 4
         self._device = next(model.parameters()).device
+        sources = _sources(dataset, seed)
         with disable_adapter(model):
-            self._anchors = _anchors(model, dataset, seed)
-            self._walls = _walls(self._anchors[0])
+            self._pairs = _pairs(model, sources, seed)
+            self._walls = _walls(self._pairs[0])
+            self._distorted = _Distorted(model, sources, seed, known)
         logging.info(
             "Protected: the start's forces on {} pairs of the elements in the frames, {} other "
             "pairs and {} distorted training frames are kept up to {} eV/A and {:.0%}".format(
-                *map(len, self._anchors), FREE, RELATIVE
+                *map(len, self._pairs), len(self._distorted), FREE, RELATIVE
             )
         )
 
@@ -114,10 +123,11 @@ class Protection:
         wall = self._walls[int(rng.integers(len(self._walls)))].every_second(int(rng.integers(2)))
         chosen = [
             kind[i]
-            for kind, n in zip(self._anchors, PER_STEP, strict=True)
+            for kind, n in zip(self._pairs, PER_STEP, strict=False)
             for i in rng.choice(len(kind), min(n, len(kind)), replace=False)
         ]
-        chosen = [*wall.anchors, *chosen]
+        distorted = self._distorted.some(PER_STEP[-1], rng)
+        chosen = [*wall.anchors, *chosen, *distorted]
         batch = library.batch([anchor.graph for anchor in chosen]).to(self._device).to_dict()
         wanted = torch.cat([anchor.forces for anchor in chosen])
         counts = torch.cat([anchor.counts for anchor in chosen])
@@ -183,46 +193,93 @@ def _answers(
     """What `model` says of each: energy, eV, and forces, eV/A, (n_atoms, 3)."""
     if not graphs:
         return []
-    parts = [graphs[i : i + AT_ONCE] for i in range(0, len(graphs), AT_ONCE)]
-    found = predict(model, (library.batch(part) for part in parts))
+    found = predict(model, map(library.batch, _parts(graphs)))
     forces = torch.split(found["forces"], [len(graph.positions) for graph in graphs])
     return list(zip(found["energy"], forces, strict=True))
 
 
-def _anchors(model: torch.nn.Module, dataset: Dataset, seed: int) -> list[list[Anchor]]:
-    """The kinds of PER_STEP: pairs of atoms, and those distorted frames of the training set in
-    which some force is larger than in all frames that they are made of. What happens at smaller
-    forces is not kept: there the new theory holds, which unseen molecules would be held back from.
-    """
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:SOURCES]
-    sources = [dataset[int(i)] for i in chosen]
+def _parts(graphs: Sequence[Graph]) -> Iterator[list[Graph]]:
+    return in_parts(graphs, lambda graph: len(graph.positions), ATOMS_AT_ONCE, AT_ONCE)
+
+
+def _sources(dataset: Dataset, seed: int) -> list[Graph]:
+    """The training frames that distorted ones are made of."""
+    order = np.random.default_rng(seed).permutation(len(dataset))[:SOURCES]
+    frames = (dataset[int(i)] for i in order)
+    return next(in_parts(frames, lambda graph: len(graph.positions), ATOMS))
+
+
+def _pairs(model: torch.nn.Module, sources: Sequence[Graph], seed: int) -> list[list[Anchor]]:
+    """Pairs of atoms: of the elements in `sources`, and others."""
     known = atomic_numbers(model)
-    frames = [_frame(graph, known) for graph in sources]
-    present = {int(z) for frame in frames for z in frame.numbers}
+    present = {known[i] for graph in sources for i in graph.node_attrs.argmax(dim=1).tolist()}
     heads = itertools.cycle(sources)  # all those that are trained
     scans = (anchors.pairs(present), anchors.pairs(known, without=present, seed=seed))
-    pairs = [
+    kinds = [
         [_completed(graph, next(heads), model) for graph in frames_to_data(scan, model)]
         for scan in scans
     ]
-    made, origins = anchors.distorted(frames, DISTORTED, seed)
-    distorted = [
-        _completed(g, sources[i], model)
-        for g, i in zip(frames_to_data(made, model), origins, strict=True)
-    ]
-    largest = max(f.norm(dim=-1).max() for _, f in _answers(model, sources))
-    beyond = [
-        Anchor(graph, energy, forces, forces.norm(dim=-1) > largest)
-        for graph, (energy, forces) in zip(distorted, _answers(model, distorted), strict=True)
-    ]
-    every = [
+    return [
         [
             Anchor(graph, energy, forces, torch.ones_like(forces[:, 0], dtype=torch.bool))
             for graph, (energy, forces) in zip(kind, _answers(model, kind), strict=True)
         ]
-        for kind in pairs
+        for kind in kinds
     ]
-    return [*every, [anchor for anchor in beyond if anchor.counts.any()]]
+
+
+class _Distorted:
+    """Distorted frames in which some force is larger than in all frames that they are made of. What
+    happens at smaller forces is not kept: there the new theory holds, which unseen molecules would
+    be held back from.
+
+    They are labelled when a step asks for the first of a batch: of large frames a run sees few.
+
+    Args:
+        model: as `Protection` has it, without its adapter.
+        sources: what they are made of.
+        seed, known: of the run.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, sources: Sequence[Graph], seed: int, known: Known
+    ) -> None:
+        self._model = model
+        forces = known(sources)
+        if forces is None:
+            forces = torch.cat([f for _, f in _answers(model, sources)]).cpu().numpy()
+        self._largest = float(np.linalg.norm(forces, axis=-1).max())
+        elements = atomic_numbers(model)
+        frames = [_frame(graph, elements) for graph in sources]
+        mean = sum(min(len(frame), anchors.PIECE) for frame in frames) / len(frames)
+        made, origins = anchors.distorted(frames, min(DISTORTED, int(ATOMS / mean)), seed)
+        graphs = (
+            _completed(graph, sources[i], model)
+            for graph, i in zip(frames_to_data(made, model), origins, strict=True)
+        )
+        self._batches = list(_parts(list(graphs)))
+        self._places = [(i, j) for i, part in enumerate(self._batches) for j in range(len(part))]
+        self._labelled: dict[int, list[Anchor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def some(self, n: int, rng: np.random.Generator) -> list[Anchor]:
+        """`n` at random, or as many as there are."""
+        shuffled = (self._places[i] for i in rng.permutation(len(self._places)))
+        anchors_of = (self._of_batch(i)[j] for i, j in shuffled)
+        return list(itertools.islice((a for a in anchors_of if a.counts.any()), n))
+
+    def _of_batch(self, i: int) -> list[Anchor]:
+        if i not in self._labelled:
+            graphs = self._batches[i]
+            with disable_adapter(self._model):
+                answers = _answers(self._model, graphs)
+            self._labelled[i] = [
+                Anchor(graph, energy, forces, forces.norm(dim=-1) > self._largest)
+                for graph, (energy, forces) in zip(graphs, answers, strict=True)
+            ]
+        return self._labelled[i]
 
 
 def _walls(pairs: Sequence[Anchor]) -> list[Wall]:

@@ -22,8 +22,8 @@ from mace_lora.training.record import Run, Saved
 from mace_lora.upstream import gated, predicting
 from mace_lora.upstream import names as upstream
 
-# Frames on which a merge is proved
-PROOF_FRAMES = 8
+# Frames on which a merge is proved, and atoms in them, unless the first alone has more
+PROOF_FRAMES, PROOF_ATOMS = 8, 400
 
 
 class Saving:
@@ -63,7 +63,9 @@ class Saving:
             MergeMismatch: it doesn't.
         """
         sets = self.run.trained.valid_sets.values()
-        batches = [b for s in sets for b in predicting.batch_of(s, PROOF_FRAMES)]
+        batches = [
+            b for s in sets for b in predicting.batch_of(s, PROOF_FRAMES, most_atoms=PROOF_ATOMS)
+        ]
         before = predicting.predict(model, batches)
         gates = take_gates(merge(model, keep_gates=True))
         merged = convert(model)  # with gates, upstream would not know its layers
@@ -79,6 +81,7 @@ class Saving:
         n_frames = sum(b.num_graphs for b in batches)
         text = predicting.differences_text(found)
         logging.info(f"Merged; largest difference on {n_frames} validation frames: {text}")
+        self.run.after.begin(merged)
         lost = self.run.saved.lost if hasattr(self.run, "saved") else None  # stage one
         self.run.saved = Saved(merged, lost)
         return merged
