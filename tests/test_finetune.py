@@ -249,6 +249,7 @@ def test_no_option_of_a_method_is_a_flag():
     flags = {action.dest for action in build_parser()._actions}
     both = {m: {field.name for field in options_of(m).fields()} & flags for m in METHODS}
     assert both.pop("mmea") == {"gate", "std", "lora_rank", "lora_alpha"}
+    assert both.pop("full") == {"freeze"}  # the flag of that name is refused with adapters
     assert not any(both.values())
 
 

@@ -106,7 +106,8 @@ def test_all_that_is_known_of_mace_stands_in_the_table():
 
 
 def test_only_layers_knows_layers_of_e3nn():
-    fused = {"backends/products.py", "backends/plain_layers.py"}  # faster code for the same layers
+    # faster code for the same layers
+    fused = {f"backends/{name}.py" for name in ("products", "plain_layers", "radial")}
     known = {"model/layers.py", "upstream/mini.py", "upstream/hyperparameters.py", *fused}
     assert {n for n in FILES if uses(n, "e3nn")} <= known
 

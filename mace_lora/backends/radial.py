@@ -56,8 +56,10 @@ class RadialNetwork:
     @staticmethod
     def fits(network: object) -> TypeGuard[nn.FullyConnectedNet]:
         """Whether `network` is one that this class stands in for."""
-        return isinstance(network, nn.FullyConnectedNet) and not any(
-            module._forward_hooks or module._forward_pre_hooks for module in network.modules()
+        return (
+            isinstance(network, nn.FullyConnectedNet)
+            and all(hasattr(layer, "weight") for layer in network.children())  # mace-torch's LoRA
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
         )
 
 

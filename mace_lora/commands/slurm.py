@@ -13,6 +13,7 @@ from pathlib import Path
 from mace_lora.printing import Data
 
 EXAMPLES = """\
+  mace_lora slurm    # their folder
   sbatch "$(mace_lora slurm)/one_gpu.sbatch" --config=my.yaml --name=my_model
   cp "$(mace_lora slurm)/one_gpu.sbatch" .    # to edit
 """

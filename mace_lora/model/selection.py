@@ -61,8 +61,9 @@ def choose(model: torch.nn.Module, config: AdapterConfig) -> Choice:
     skipped += [_skip(site, "frozen") for site in frozen]
     adapted = _without(targeted, [*excluded, *frozen])
     if not adapted and not in_full:
-        left_out = [*options.exclude, *options.frozen_parts()]
-        raise NoLayerMatched(f"without {' '.join(left_out)} there is nothing left to train")
+        named = {"exclude": options.exclude, "freeze": options.frozen_parts()}
+        left_out = ", ".join(f"{flag}={' '.join(v)}" for flag, v in named.items() if v)
+        raise NoLayerMatched(f"{left_out} leaves nothing to train")
     _check_patterns(options.layer_patterns(), adapted)
     in_full += _without(_biases(model, options.bias, adapted), [*in_full, *adapted, *frozen])
     trained = {site.name for site in [*adapted, *in_full]}

@@ -20,7 +20,8 @@ parser.add_argument("pool", help="frames without labels, in any format of ASE")
 parser.add_argument("--base", default="mini", help="foundation model: a name or a .model file")
 parser.add_argument("--members", default=4, help="adapters to train")
 parser.add_argument("--number", default=3, help="of frames to take from the pool")
-options, flags = parser.parse_known_args()
+parser.add_argument("--max_num_epochs", type=int, help="by default what suits the frames")
+options = parser.parse_args()
 
 command = [sys.executable, "-m", "mace_lora"]
 train = [
@@ -30,9 +31,10 @@ train = [
     "--name=my",
 ]
 train += ["--lora=True", "--lora_preset=balanced", f"--members={options.members}", "--bootstrap"]
-subprocess.run([*command, *train, *flags], check=True)
+train += [f"--max_num_epochs={options.max_num_epochs}"] if options.max_num_epochs else []
+subprocess.run([*command, *train], check=True)
 
-atoms = ase.io.read(options.pool)
+atoms = ase.io.read(options.pool, index=0)
 atoms.calc = MaceLoraCalculator(options.base, "my_committee")
 energy, found = atoms.get_potential_energy(), atoms.calc.results
 print(f"first frame: {energy:.3f} eV, standard deviation {1000 * found['energy_std']:.1f} meV")

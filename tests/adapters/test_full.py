@@ -78,7 +78,7 @@ def test_parts_are_frozen_by_name(build):
         NoLayerMatched, match=r"in the parts interactions.* Did you mean 'readouts'"
     ):
         trained(targets=("readuots",))
-    with pytest.raises(NoLayerMatched, match="nothing left to train"):
+    with pytest.raises(NoLayerMatched, match="leaves nothing to train"):
         trained(targets=("readouts",), freeze=("readouts",))
 
 

@@ -167,7 +167,7 @@ def test_damaged_tensors_are_refused(saved, damage):
         path.write_text("no tensors here")
     else:
         tensors = load_file(path)
-        name = next(iter(tensors))
+        name = next(name for name in tensors if not name.startswith("basis."))
         if damage == "extra":
             tensors["more"] = torch.zeros(2)
         elif damage == "absent":

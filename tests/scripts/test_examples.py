@@ -81,7 +81,7 @@ def test_dynamics(folder, monkeypatch, capsys):
 
 
 def test_committee(folder, monkeypatch, capfd):
-    flags = ("--members", 2, "--number", 2, "--max_num_epochs=1", "--protect=False")
+    flags = ("--members", 2, "--number", 2, "--max_num_epochs=1")
     said = example("committee.py", monkeypatch, capfd, "train.xyz", "test.xyz", *flags)
     energy_std = float(said.partition("eV, standard deviation ")[2].split()[0])
     forces_std = float(said.partition("standard deviation up to ")[2].split()[0])

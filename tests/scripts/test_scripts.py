@@ -17,13 +17,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configurations_are_understood(path):
-    args, config, _ = cli.parse(["--config", str(path)])
+    args, config, options = cli.parse(["--config", str(path)])
     content = yaml.safe_load(path.read_text())
     adapter = content.pop("adapter", None) or ("lora" if content.pop("lora", False) else None)
     assert (config.method if config else None) == adapter
     if preset := content.pop(f"{adapter}_preset", None):
         assert config == AdapterConfig.create(adapter, preset=preset)
-    assert {key: getattr(args, key) for key in content} == content
+    known = {**{key: getattr(options, key, None) for key in content}, **vars(args)}
+    assert {key: known[key] for key in content} == content
 
 
 @pytest.mark.slow
