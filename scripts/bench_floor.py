@@ -22,7 +22,7 @@ from typing import Any
 
 import ase.io
 import torch
-from bench_parts import Contender, Data, medium
+from bench_parts import Contender, Data, medium, timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,12 +114,7 @@ def peak(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _best(function: Callable[[], object], rounds: int = 7) -> float:
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(timed(function) for _ in range(rounds))
 
 
 def measure(contender: Contender, rounds: int, rates: tuple[float, float]) -> dict[str, Sum]:

@@ -133,11 +133,10 @@ class XyzFrames:
 
     def kind(self, number: int) -> str:
         """What the file says a frame is: its `head`, where it has one, and its `config_type`."""
-        head, frame = (
-            self._atoms[self._numbers[number]].info.get(_HEAD),
-            self._configurations[number],
-        )
-        kinds = {"head": head, "config_type": frame.config_type}
+        kinds = {
+            _HEAD: self._atoms[self._numbers[number]].info.get(_HEAD),
+            "config_type": self._configurations[number].config_type,
+        }
         told = {k: v for k, v in kinds.items() if v not in (None, "", labels.DEFAULT_TYPE)}
         return ", ".join(f"{name}={value}" for name, value in told.items())
 

@@ -129,12 +129,14 @@ def in_parts(
 ) -> Iterator[list[T]]:
     """`frames` in their order, so many at once; a single one may have more atoms."""
     part: list[T] = []
+    atoms = 0
     for frame in frames:
-        full = sum(map(n_atoms, part)) + n_atoms(frame) > most_atoms or len(part) == most_frames
-        if part and full:
+        size = n_atoms(frame)
+        if part and (atoms + size > most_atoms or len(part) == most_frames):
             yield part
-            part = []
+            part, atoms = [], 0
         part.append(frame)
+        atoms += size
     yield part
 
 

@@ -40,12 +40,19 @@ def test_fused_gradients_are_those_of_all_parameters_of_the_plain_model(build, n
             assert error <= 1e-10 * gradient.abs().max().clamp_min(1e-2), parameter
 
 
-def test_targets_choose_among_all_parameters(build):
-    def trained(**options) -> set[str]:
+@pytest.fixture
+def trained(build):
+    """`trained(**options)`: the parameters of a model that full fine-tuning with these trains."""
+
+    def names(**options) -> set[str]:
         model = build("nonlinear")
         inject(model, AdapterConfig.create("full", **options))
         return {name for name, _ in adapters(model)}
 
+    return names
+
+
+def test_targets_choose_among_all_parameters(trained):
     every = trained()
     assert "interactions.0.alpha" in every
     assert "interactions.0.conv_tp_weights.net.1.bias" in every
@@ -54,12 +61,7 @@ def test_targets_choose_among_all_parameters(build):
     assert trained(bias="all") == every
 
 
-def test_parts_are_frozen_by_name(build):
-    def trained(**options) -> set[str]:
-        model = build("nonlinear")
-        inject(model, AdapterConfig.create("full", **options))
-        return {name for name, _ in adapters(model)}
-
+def test_parts_are_frozen_by_name(trained):
     every = trained()
     parts = ("interactions.1", "products")
     left = {name for name in every if not name.startswith(parts)}

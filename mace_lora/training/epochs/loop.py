@@ -94,7 +94,7 @@ class Loop:
             self.train_loader.dataset,
             {names.index(head) for head in self.estimated & set(names)},
             self.computing,
-            partial(sizes.parts, batch_size=self.train_loader.batch_size, limit=self.limit),
+            partial(sizes.cut_graphs, batch_size=self.train_loader.batch_size, limit=self.limit),
             self.args.seed,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mace_lora.training.epochs.sizes import Limit
+from mace_lora.training.epochs.sizes import Limit, cut
 from mace_lora.upstream.types import Dataset, Loader
 
 BatchSampler = torch.utils.data.Sampler[list[int]]
@@ -109,13 +109,10 @@ class FrameOrder(BatchSampler):
     def _drawn(self) -> list[list[int]]:
         """This process's batches in a new order."""
         whole, n = list(self._sampler), self._processes
-        if self._limit is None:
-            size = self._batch_size
-            batches = [whole[i : i + size] for i in range(0, len(whole), size)]
-            if batches and self._drop_last and len(batches[-1]) < size:
-                batches.pop()
-        else:
-            batches = self._limit.cut(whole, self._sizes)
+        batches = cut(whole, self._sizes.__getitem__, self._batch_size, self._limit)
+        short = self._limit is None and batches and len(batches[-1]) < self._batch_size
+        if short and self._drop_last:
+            batches.pop()
         return batches[self._rank : len(batches) // n * n : n]
 
 
@@ -135,11 +132,9 @@ class ShareOfBatches(BatchSampler):
         """Make `loader` give this process's part, all frames in their order."""
         if limit is None and processes == 1:
             return
-        size, frames = loader.batch_size, range(len(loader.dataset))
-        if limit is None:
-            batches = [list(frames[i : i + size]) for i in range(0, len(frames), size)]
-        else:
-            batches = limit.cut(frames, limit.sizes(loader.dataset))
+        frames = range(len(loader.dataset))
+        found = [] if limit is None else limit.sizes(loader.dataset)
+        batches = cut(frames, found.__getitem__, loader.batch_size, limit)
         use(loader, cls(batches, rank, processes))
 
     def __len__(self) -> int:

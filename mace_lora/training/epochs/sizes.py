@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mace_lora.frames.checks import sources
 from mace_lora.training.options import RunOptions
 from mace_lora.upstream.predicting import in_parts
 from mace_lora.upstream.types import Dataset, Graph
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,6 @@ class Limit:
         """Of all frames; those of HDF5 and LMDB are read for it."""
         return [self.size(frames[i]) for i in range(len(frames))]
 
-    def cut(self, order: Iterable[int], sizes: Sequence[int]) -> list[list[int]]:
-        """Frames, by number, in batches: each is filled up in this order."""
-        parts = in_parts(order, sizes.__getitem__, self.most, self.frames)
-        return [part for part in parts if part]
-
     def tell(self, frames: Dataset, files: Sequence[str], batches: int) -> None:
         """Log how many batches an epoch has, and which frames are larger than the limit."""
         sizes = self.sizes(frames)
@@ -69,8 +67,24 @@ class Limit:
             )
 
 
-def parts(graphs: Sequence[Graph], batch_size: int, limit: Limit | None) -> list[list[Graph]]:
-    """Frames in batches, in their order."""
+def cut(
+    frames: Iterable[T], size: Callable[[T], int], batch_size: int, limit: Limit | None
+) -> list[list[T]]:
+    """Frames in batches: each is filled up in their order.
+
+    Args:
+        frames: or their numbers.
+        size: of one, as `limit` counts it; asked only where there is a limit.
+        batch_size: frames of a batch without a limit.
+        limit: of batches by size.
+    """
     if limit is None:
-        return [list(graphs[i : i + batch_size]) for i in range(0, len(graphs), batch_size)]
-    return [p for p in in_parts(graphs, limit.size, limit.most, limit.frames) if p]
+        parts = in_parts(frames, lambda _: 0, 0, batch_size)
+    else:
+        parts = in_parts(frames, size, limit.most, limit.frames)
+    return [part for part in parts if part]
+
+
+def cut_graphs(graphs: Sequence[Graph], batch_size: int, limit: Limit | None) -> list[list[Graph]]:
+    """`cut`, of frames as graphs."""
+    return cut(graphs, (lambda _: 0) if limit is None else limit.size, batch_size, limit)
