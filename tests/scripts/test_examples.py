@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -64,6 +65,23 @@ def test_finetune(folder, monkeypatch, capsys):
     assert float(said.partition("after 10 fs: ")[2].split()[0]) == pytest.approx(-4209.5, abs=1.0)
     saved = {path.name for path in (folder / "my_model").iterdir()}
     assert {"finetuned.model", "finetuned_adapter", "finetuned_report.html"} <= saved
+
+
+def test_notebook(folder, monkeypatch, capsys):
+    cells = json.loads((EXAMPLES / "finetune.ipynb").read_text())["cells"]
+    programs = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    monkeypatch.setattr("matplotlib.pyplot.plot", lambda x, y: shown.update(x=list(x), y=list(y)))
+    shown: dict[str, list[float]] = {}
+    left: dict[str, object] = {}
+    for program in programs:
+        exec(program, left)
+    assert shown["x"][-1] == 50.0
+    assert 50.0 < sum(shown["y"]) / len(shown["y"]) < 1000.0
+    result = left["result"]
+    test = {row["quantity"]: row for row in result.errors if row["set"] == "test"}
+    assert test["forces"]["after"] < 0.6 * test["forces"]["before"]
+    assert "<table>" in result._repr_html_()
+    assert (folder / "my_model" / "finetuned.model").exists()
 
 
 def test_crystal_stress(folder, monkeypatch, capsys):
