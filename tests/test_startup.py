@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mace_lora.cli import main_tools
 from mace_lora.commands import COMMANDS
 
 HEAVY = {"torch", "mace", "e3nn", "ase", "numpy", "matplotlib", "prettytable"}
@@ -67,3 +69,20 @@ def test_mistakes(words, tmp_path):
     assert REFUSED[words] in errors
     assert out == ""
     assert loaded == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+    ],
+)
+def test_waiting_threads_give_up_their_core(given, spins, monkeypatch, capsys):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    main_tools(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
