@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+# the models are tiny: more threads only wait for each other, in processes that tests start as well
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from helpers import zoo  # noqa: E402
 from helpers.frames import DATA, ethanol  # noqa: E402

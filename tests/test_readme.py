@@ -231,7 +231,6 @@ def story(tmp_path, monkeypatch) -> Path:
     base = load_foundation("mini")
     torch.save(base, cache / "MACE-OFF23_medium.model")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MACE_CONFIG", raising=False)
     folder = tmp_path / "here"
     folder.mkdir()

@@ -67,7 +67,7 @@ def here(folder: Path, *flags: str) -> str:
 
 def run_command(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`mace_run_train` as a user runs it, in a fresh process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     environment.pop("MACE_CONFIG", None)
     done = subprocess.run(
         [sys.executable, "-m", "mace_lora", "train", *settled(arguments)],
@@ -86,7 +86,7 @@ def run_command(*arguments: str, cwd: Path, check: bool = True) -> subprocess.Co
 def process(folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """Start the command in a process of its own; what it says goes to `<folder>/out.txt`."""
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     environment.pop("MACE_CONFIG", None)
     with open(folder / "out.txt", "a") as out:
         return subprocess.Popen(

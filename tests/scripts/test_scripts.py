@@ -55,7 +55,6 @@ def test_study(tmp_path, study):
             *("--out", str(tmp_path), "--epochs=2", "--eval_interval=1", "--dtype=float32"),
             *("--only", "rank 4"),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -211,7 +211,6 @@ def short(data_dir: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_the_whole_path(tmp_path, data_dir, monkeypatch, capsys):
     """All elements are kept, by mace-torch's program and by ours; what is done is not repeated."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = short(data_dir, tmp_path, "--methods=full,lora_balanced", "--rates", "0.001")
     options = command.parse(arguments)
     assert command.carry_out(options, fetch_data.prepare) == []

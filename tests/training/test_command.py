@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -347,7 +346,6 @@ def test_without_an_adapter_the_command_is_upstreams(tmp_path, train_flags, foun
     done = subprocess.run(
         [sys.executable, "-c", code, *flags],
         cwd=theirs,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -44,7 +44,7 @@ for name in ("full.model", "reduced.model"):
 
 def without_cuequivariance(code: str, folder: Path) -> None:
     root = Path(zoo.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT + code],
         cwd=folder,
