@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from mace_lora.backends.kernels import apply
+
 # nodes: (nodes, ...), one block's edges: (edges, ...) each, their index (2, edges), weights -> a
 # sum over the edges, (nodes, ...)
 SumOverEdges = Callable[[Tensor, Sequence[Tensor], Tensor, Sequence[Tensor]], Tensor]
@@ -40,13 +42,8 @@ def in_blocks(
         weights: of any shapes; whatever else has a gradient must be among the arguments.
     """
     work = _Work(function, size, len(edges))
-    found: Tensor = _apply(_Sum, work, edge_index, nodes, *edges, *weights)
+    found: Tensor = apply(_Sum, work, edge_index, nodes, *edges, *weights)
     return found
-
-
-def _apply(function: type[Function], *arguments: Any) -> Any:
-    apply: Callable[..., Any] = function.apply
-    return apply(*arguments)
 
 
 class _Work:
@@ -120,7 +117,7 @@ class _Sum(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         index, *tensors = ctx.saved_tensors
         wanted = tuple(ctx.needs_input_grad[2:])
-        found = _apply(_Gradients, ctx.work, wanted, index, cotangents[0], *tensors)
+        found = apply(_Gradients, ctx.work, wanted, index, cotangents[0], *tensors)
         return (None, None, *_spread(found, wanted))
 
 

@@ -27,6 +27,12 @@ class Convolution(torch.nn.Module):
     convolutions (its attribute `conv_fusion`).
     """
 
+    paths: Tensor
+    entries: Tensor
+    values: Tensor
+    x_blocks: Tensor
+    out_blocks: Tensor
+
     def __init__(self, product: o3.TensorProduct) -> None:
         super().__init__()
         paths: list[list[int]] = []
@@ -57,8 +63,7 @@ class Convolution(torch.nn.Module):
             return w.message(self.forward, x, y, edge_index)
         tables = [self.paths, self.entries, self.values, self.x_blocks, self.out_blocks]
         senders, receivers = edge_index[0], edge_index[1]
-        message: Tensor = conv("g", x, y, w, None, senders, receivers, tables, self.sizes)
-        return message
+        return conv("g", x, y, w, None, senders, receivers, tables, self.sizes)
 
     @staticmethod
     def fits(product: object) -> TypeGuard[o3.TensorProduct]:
@@ -111,6 +116,8 @@ class Contraction(torch.nn.Module):
     those weights act as ever.
     """
 
+    terms: Tensor
+
     def __init__(self, product: SymmetricContraction) -> None:
         super().__init__()
         self.parts = list(product.contractions)  # not ours: no entry in our state
@@ -150,7 +157,9 @@ class Contraction(torch.nn.Module):
         """x: (atoms, channels, n_x), attributes: (atoms, elements), one-hot -> (atoms, ...)."""
         element = attributes.argmax(dim=1)
         f = contract(x, self.coefficients(), element, self.terms, self.n_k)
-        return torch.cat([part.flatten(1) for part in f.split(self.components, dim=2)], dim=1)
+        return torch.cat(
+            [part.flatten(1) for part in torch.split(f, self.components, dim=2)], dim=1
+        )
 
     @staticmethod
     def fits(product: object) -> TypeGuard[SymmetricContraction]:
