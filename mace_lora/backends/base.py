@@ -99,6 +99,8 @@ def _modules_of(model: torch.nn.Module) -> Hashable:
     And when its coupling coefficients change, of which kernels are made; E0s are read at each step.
     """
     parameter = next(model.parameters())
-    couplings = [(id(b), b._version) for n, b in model.named_buffers() if "U_matrix" in n]
-    modules = [id(module) for module in model.modules()]
-    return parameter.dtype, parameter.device, *modules, *couplings
+    modules = list(model.modules())
+    # not by named_buffers: this is asked at every step
+    buffers = (item for module in modules for item in module._buffers.items())
+    couplings = [(id(b), b._version) for n, b in buffers if b is not None and "U_matrix" in n]
+    return parameter.dtype, parameter.device, *map(id, modules), *couplings

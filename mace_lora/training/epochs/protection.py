@@ -98,6 +98,7 @@ class Protection:
     ) -> None:
         self._clip = math.inf if clip is None else clip
         self._model, self._computing, self._seed = model, computing, seed
+        self._parameters = list(adapter_parameters(model).values())
         # of one frame a distorted one costs as much as the step itself
         self._every = 2 if frames_per_step > 1 else 4
         self._device = next(model.parameters()).device
@@ -133,12 +134,11 @@ class Protection:
         counts = torch.cat([anchor.counts for anchor in chosen])
         with self._computing.active(self._model):
             found = self._model(batch, training=True, compute_force=True)
-            parameters = list(adapter_parameters(self._model).values())
             energies = found["energy"][: len(wall.anchors)]
             penalty = cost(found["forces"], wanted, counts)
             penalty = penalty + fallen(energies, wall.energies, wall.distances)
-            raw = torch.autograd.grad(penalty, parameters, allow_unused=True)
-        gradients = {p: g for p, g in zip(parameters, raw, strict=True) if g is not None}
+            raw = torch.autograd.grad(penalty, self._parameters, allow_unused=True)
+        gradients = {p: g for p, g in zip(self._parameters, raw, strict=True) if g is not None}
         return _clipped(gradients, self._clip)
 
 
