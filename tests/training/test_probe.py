@@ -43,6 +43,18 @@ def test_a_batch_that_fits_is_tried_and_its_memory_told(caplog):
     assert float(found[1]) == pytest.approx(0.6, rel=0.1)
 
 
+def test_memory_that_a_step_before_has_left_counts_as_taken():
+    """Many small tensors, whose memory stays with the process when they are freed."""
+
+    def step() -> None:
+        kept = [torch.ones(2000, dtype=torch.uint8) for _ in range(100_000)]
+        assert len(kept) == 100_000
+
+    memory = Memory(torch.device("cpu"))
+    step()
+    assert [memory.taken_by(step), memory.taken_by(step)] == pytest.approx([0.25, 0.25], rel=0.3)
+
+
 def test_a_batch_that_does_not_is_refused_before_it_runs():
     """Two GB are asked for, one is there: what is suggested takes 0.8 of that."""
     with pytest.raises(ConfigError, match=r"needs about (1\.9|2\.[01]) GB, and 1\.0 GB") as error:
