@@ -6,6 +6,7 @@ optimiser and averages stay mace-torch's own, so that every option of theirs wor
 backend.
 
 `registry` lists the backends, one file each; `choice` picks one. The other files are parts: `csrc`,
-`library`, `kernels` and `products` of the fused products, `plain_layers` and `replacing` of every
-backend that does without TorchScript, `padding` of those that need fixed shapes.
+`library`, `kernels`, `products`, `activations`, `radial` and `blocks` of the fused ones,
+`plain_layers` and `replacing` of every backend that does without TorchScript, `padding` of those
+that need fixed shapes.
 """

@@ -26,14 +26,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from mace_lora.backends.library import load
 
 _SUFFIX = {torch.float64: "f64", torch.float32: "f32"}
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
     """Call a function of the library; every tensor must be contiguous and stay alive meanwhile."""
     values = [
         ctypes.c_int64(a)
@@ -47,8 +46,30 @@ def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> Non
 
 def apply(function: type[Function], *arguments: Any) -> Any:
     """`function` of `arguments`, as a part of torch's graph."""
-    call: Callable[..., Any] = function.apply
-    return call(*arguments)
+    method: Callable[..., Any] = function.apply
+    return method(*arguments)
+
+
+class Context(Protocol):
+    """torch's, of one call of a function."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    by: str  # of `conv` alone, as the two below
+    tables: Sequence[Tensor]
+    sizes: Sequence[int]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class Last(Function):
+    """A derivative that has none of its own: training on forces needs two."""
+
+    @staticmethod
+    def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the fused kernels have no third derivatives: compute without fast_steps"
+        )
 
 
 # ------------------------------------------------------------------------------ convolution
@@ -81,18 +102,6 @@ def conv(
     """
     found: Tensor = apply(_Conv, by, x, y, w, g, senders, receivers, tables, sizes)
     return found
-
-
-class Context(Protocol):
-    """torch's, of one call of a function."""
-
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-    by: str  # of `conv` alone, as the two below
-    tables: Sequence[Tensor]
-    sizes: Sequence[int]
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _Conv(Function):
@@ -131,13 +140,13 @@ class _Conv(Function):
         shared += [x_blocks, x_blocks.shape[0], out_blocks, out_blocks.shape[0]]
         pairs = (senders, receivers)
         if by == "g":
-            _call("conv_by_g", out.dtype, x, y, w, *pairs, out, *shared)
+            call("conv_by_g", out.dtype, x, y, w, *pairs, out, *shared)
         elif by == "x":
-            _call("conv_by_x", out.dtype, g, y, w, *pairs, out, *shared)
+            call("conv_by_x", out.dtype, g, y, w, *pairs, out, *shared)
         elif by == "w":
-            _call("conv_by_edge", out.dtype, x, y, None, g, *pairs, out, None, *shared)
+            call("conv_by_edge", out.dtype, x, y, None, g, *pairs, out, None, *shared)
         else:
-            _call("conv_by_edge", out.dtype, x, None, w, g, *pairs, None, out, *shared)
+            call("conv_by_edge", out.dtype, x, None, w, g, *pairs, None, out, *shared)
         return out
 
     @staticmethod
@@ -182,7 +191,7 @@ class _Contract(Function):
         x, p, element = x.contiguous(), p.contiguous(), element.contiguous()
         f = x.new_empty(*x.shape[:2], n_k)
         sizes = (*x.shape, n_k, terms, terms.shape[0])
-        _call("contract", x.dtype, 0, x, p, element, None, None, f, None, *sizes)
+        call("contract", x.dtype, 0, x, p, element, None, None, f, None, *sizes)
         return f
 
     @staticmethod
@@ -192,7 +201,7 @@ class _Contract(Function):
         if ctx.needs_input_grad[0]:
             by_x = apply(_ContractByX, x, p, element, g, terms)
         if ctx.needs_input_grad[1]:
-            by_p = apply(_ContractByP, x, p, element, g, terms)
+            by_p = apply(_ContractByP, x, p, element, g, None, terms)
         return by_x, by_p, None, None, None
 
 
@@ -207,41 +216,49 @@ class _ContractByX(Function):
         x, p, element, g = (t.contiguous() for t in (x, p, element, g))
         out = torch.empty_like(x)
         sizes = (*x.shape, g.shape[2], terms, terms.shape[0])
-        _call("contract", x.dtype, 1, x, p, element, g, None, None, out, *sizes)
+        call("contract", x.dtype, 1, x, p, element, g, None, None, out, *sizes)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Context, a: Tensor) -> tuple[Tensor | None, ...]:
-        *given, terms = ctx.saved_tensors
-        x, p, element, g, a = (t.contiguous() for t in (*given, a))
-        by_g, by_x = torch.empty_like(g), torch.empty_like(x)
-        sizes = (*x.shape, g.shape[2], terms, terms.shape[0])
-        _call("contract", x.dtype, 2, x, p, element, g, a, by_g, by_x, *sizes)
-        by_p = _by_p(x, p, element, g, a, terms) if ctx.needs_input_grad[1] else None
+        x, p, element, g, terms = ctx.saved_tensors
+        by_g, by_x = apply(_ContractTwice, x, p, element, g, a, terms)
+        by_p = None
+        if ctx.needs_input_grad[1]:
+            by_p = apply(_ContractByP, x, p, element, g, a, terms)
         return by_x, by_p, None, by_g, None
 
 
-class _ContractByP(Function):
-    """The derivative of <g, f> by p, of which there are no further ones."""
+class _ContractTwice(Last):
+    """The derivatives of <a, contraction by x> by g and by x."""
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, p: Tensor, element: Tensor, g: Tensor, terms: Tensor
-    ) -> Tensor:
-        x, p, element, g = (t.contiguous() for t in (x, p, element, g))
-        return _by_p(x, p, element, g, None, terms)
+        ctx: Context, x: Tensor, p: Tensor, element: Tensor, g: Tensor, a: Tensor, terms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, p, element, g, a = (t.contiguous() for t in (x, p, element, g, a))
+        by_g, by_x = torch.empty_like(g), torch.empty_like(x)
+        sizes = (*x.shape, g.shape[2], terms, terms.shape[0])
+        call("contract", x.dtype, 2, x, p, element, g, a, by_g, by_x, *sizes)
+        return by_g, by_x
+
+
+class _ContractByP(Last):
+    """The derivative of <g, f> by p, or with `a` that of <a, contraction by x>."""
 
     @staticmethod
-    def backward(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("gradients of weights of a contraction can't be differentiated")
-
-
-def _by_p(
-    x: Tensor, p: Tensor, element: Tensor, g: Tensor, a: Tensor | None, terms: Tensor
-) -> Tensor:
-    """The derivative of <g, f> by p, or with `a` that of <a, its derivative by x>."""
-    out = torch.empty_like(p)
-    sizes = (p.shape[0], *x.shape, g.shape[2], terms, terms.shape[0])
-    _call("contract_weights", x.dtype, x, element, g, a, out, *sizes)
-    return out
+    def forward(
+        ctx: Context,
+        x: Tensor,
+        p: Tensor,
+        element: Tensor,
+        g: Tensor,
+        a: Tensor | None,
+        terms: Tensor,
+    ) -> Tensor:
+        x, p, element, g = (t.contiguous() for t in (x, p, element, g))
+        a = None if a is None else a.contiguous()
+        out = torch.empty_like(p)
+        sizes = (p.shape[0], *x.shape, g.shape[2], terms, terms.shape[0])
+        call("contract_weights", x.dtype, x, element, g, a, out, *sizes)
+        return out

@@ -18,6 +18,7 @@ from pathlib import Path
 from mace_lora.errors import MaceLoraError
 from mace_lora.files import whole_file
 
+_SOURCES = ("products.cpp", "silu.cpp")
 # Reassociation lets sums over channels be vectors; NaN and infinity keep their meaning.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared"),
@@ -92,9 +93,10 @@ def tried() -> ctypes.CDLL | str:
 
 
 def _made() -> ctypes.CDLL:
-    source = resources.files("mace_lora.backends").joinpath("csrc/products.cpp").read_text()
+    folder = resources.files("mace_lora.backends").joinpath("csrc")
+    source = "\n".join(folder.joinpath(name).read_text() for name in _SOURCES)
     key = hashlib.sha256("\n".join([source, *_FLAGS, compiler(), _processor()]).encode())
-    path = cache_folder() / f"products-{key.hexdigest()[:16]}.so"
+    path = cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
     try:
         if not path.exists():
             _build(source, path)

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from torch import Tensor
+from torch.nn import functional
 
 from mace_lora import _compat  # noqa: F401  (before e3nn)
 
 from e3nn import nn  # isort: skip
+from e3nn.math import normalize2mom  # isort: skip
 
+from mace_lora.backends.activations import silu
 from mace_lora.backends.blocks import in_blocks
 
 # Numbers of one batch, edges times what the network makes for each, from which on the edges go in
@@ -44,14 +47,16 @@ class RadialNetwork:
         return RadialWeights(self, max(1, BLOCK // self._per_edge), features, weights)
 
     def weights_of(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """As e3nn's layers compute them."""
-        x = features
+        """As e3nn's layers compute them, with factors moved from edges to the next weight."""
+        x, factor = features, 1.0
         for layer, weight in zip(self._layers, weights, strict=True):
-            if layer.act is None:
-                x = x @ (weight / (layer.h_in * layer.var_in / layer.var_out) ** 0.5)
-                continue
-            x = layer.act(x @ (weight / (layer.h_in * layer.var_in) ** 0.5)) * layer.var_out**0.5
-        return x
+            x = x @ (weight * (factor / (layer.h_in * layer.var_in) ** 0.5))
+            factor = layer.var_out**0.5
+            if _is_silu(layer.act):
+                x, factor = silu(x), factor * (1.0 if layer.act._is_id else layer.act.cst)
+            elif layer.act is not None:
+                x = layer.act(x)
+        return x if factor == 1 else x * factor
 
     @staticmethod
     def fits(network: object) -> TypeGuard[nn.FullyConnectedNet]:
@@ -61,6 +66,11 @@ class RadialNetwork:
             and all(hasattr(layer, "weight") for layer in network.children())  # mace-torch's LoRA
             and not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
         )
+
+
+def _is_silu(act: object) -> bool:
+    """Whether an activation is e3nn's normalised SiLU, a factor times it."""
+    return isinstance(act, normalize2mom) and act.f is functional.silu
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The convolution's kernel against the sum that defines it."""
+"""The kernels against what defines them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from e3nn import o3
 
+from mace_lora.backends.activations import silu
 from mace_lora.backends.kernels import conv
 from mace_lora.backends.products import Convolution
 
@@ -45,3 +46,28 @@ def test_conv_is_its_definition(channels, dtype):
         found = conv(by, *others, senders, receivers, tables, made.sizes)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert (found - expected[by]).abs().max() < tolerance * expected[by].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_silu_and_its_derivatives_are_torchs(dtype):
+    """Twice differentiated, from tensors that are not contiguous as well."""
+    torch.manual_seed(0)
+    x, g, a = (torch.randn(37, 5, dtype=dtype).t().requires_grad_() for _ in range(3))
+    found = []
+    for function in (silu, torch.nn.functional.silu):
+        y = function(3 * x)
+        (by_x,) = torch.autograd.grad(y, x, g, create_graph=True)
+        found.append((y, by_x, *torch.autograd.grad(by_x, (x, g), a)))
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-5
+    for mine, torchs in zip(*found, strict=True):
+        assert (mine - torchs).abs().max() < tolerance * torchs.abs().max()
+
+
+def test_third_derivatives_are_refused():
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y = silu(x).sum()
+    for _ in range(2):
+        (y,) = torch.autograd.grad(y, x, create_graph=True)
+        y = y.sum()
+    with pytest.raises(RuntimeError, match="no third derivatives"):
+        y.backward()
