@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from mace_lora.training.epochs import optimised
+from mace_lora.training.epochs import optimised, threads
 from mace_lora.training.epochs.computing import Computing
 from mace_lora.training.epochs.loop import Loop
 from mace_lora.training.epochs.signals import StopRequest
@@ -33,7 +33,7 @@ def train(
     if given.log_wandb and given.rank == 0:
         _describe_to_wandb(run, optimised.count(given.model))
     loop.resume()
-    with upstream.substituted({"take_step": loop.take_step}):
+    with upstream.substituted({"take_step": loop.take_step}), threads.suiting(given):
         loop.run()
     checkpoints.training_is_over()
     if given.rank == 0 and run.trained.history:
