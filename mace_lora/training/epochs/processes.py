@@ -61,6 +61,12 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or (dist.is_available() and dist.is_initialized())
 
 
+# What the processes talk through. It must not go before the process does: gloo's thread asks Python
+# for the lock to free what the last barrier was, and with that lock held, as where mace-torch's
+# script frees its variables, the group waits for its thread: a process hung after "Done"
+_kept: list[dist.ProcessGroup] = []
+
+
 def init(args: argparse.Namespace) -> tuple[int, int, int]:
     """mace-torch's `init_distributed`, for CPUs too: rank, rank on this machine, processes."""
     if args.distributed and args.device == "cpu" and args.launcher != "none":
@@ -68,6 +74,8 @@ def init(args: argparse.Namespace) -> tuple[int, int, int]:
             upstream.original("slurm")()
         if not dist.is_initialized():
             dist.init_process_group(backend="gloo", init_method="env://")
+        if dist.group.WORLD is not None:
+            _kept.append(dist.group.WORLD)
     ranks: tuple[int, int, int] = upstream.original("init_distributed")(args)
     return ranks
 
