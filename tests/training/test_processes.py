@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +66,26 @@ Loop.take_step = waiting
 from mace_lora.cli import main
 import sys
 main(sys.argv[2:])
+"""
+
+
+# What a run does with its group, again and again: the last barrier, then the end of all variables
+ENDING = """
+import argparse, os, torch
+import torch.distributed as dist
+from mace_lora.training.epochs import processes
+rank, address, port = (os.environ[k] for k in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+store = dist.TCPStore(address, int(port), 2, False)
+def end(i):
+    own = dist.PrefixStore(str(i), store)
+    dist.init_process_group("gloo", store=own, rank=int(rank), world_size=2)
+    processes.init(argparse.Namespace(distributed=True, device="cpu", launcher="torchrun"))
+    model = processes.parallel(torch.nn.Linear(4, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    processes.wait_for_all(True)
+    dist.destroy_process_group()
+for i in range(40):
+    end(i)
 """
 
 
@@ -195,3 +217,10 @@ def test_backends_in_two_processes(tmp_path, flags):
     given_up = "--step=cudagraph can't serve this run, which goes on in fused"
     assert given_up in said(folders["cudagraph"])
     assert given_up not in said(folders["eager"])
+
+
+def test_processes_end(tmp_path):
+    """Torch's own group waits for its thread for good, about once in five times."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    command = [sys.executable, *launcher(str(tmp_path / "ending.py"))]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
