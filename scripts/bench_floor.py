@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from mace_lora.backends import activations, kernels
+from mace_lora.backends.kernels import call
 from mace_lora.config import AdapterConfig
 from mace_lora.upstream import loading
 
-# Operations per term and channel of `contract`, by what is asked of it
-_PER_TERM = {"contract": 4, "contract_by_x": 10, "contract_twice": 22, "contract_by_p": 9}
+# Operations per term and channel of the contraction, its derivatives by x, the second ones, by p
+_PER_TERM = (4, 10, 22, 9)
+_PER_NUMBER = {"silu_by_x": 6, "silu_twice": 16}
 _PARTS = {
     "conv": "convolution (our kernel)",
     "contract": "symmetric contraction (our kernel)",
@@ -72,7 +76,31 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view:
             return out
         part, flops = _work(func, args, kwargs or {}, out)
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        self._add(part, flops, seconds, tree_leaves((args, kwargs, out)))
+        return out
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """In the place of `kernels.call`: our kernels are no operations of torch."""
+        start = time.perf_counter()
+        call(name, dtype, *arguments)
+        seconds = time.perf_counter() - start
+        self._add(*_work_of_ours(name, arguments), seconds, arguments)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Operations of torch and our kernels are counted meanwhile."""
+        modules = (kernels, activations)
+        try:
+            for module in modules:
+                module.call = self.call  # type: ignore[attr-defined]
+            with self:
+                yield
+        finally:
+            for module in modules:
+                module.call = call  # type: ignore[attr-defined]
+
+    def _add(self, part: str, flops: float, seconds: float, used: Iterable[object]) -> None:
+        tensors = [t for t in used if isinstance(t, Tensor)]
         moved = float(sum(t.numel() * t.element_size() for t in tensors))
         found = self.parts[part]
         found.seconds += seconds
@@ -80,28 +108,30 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found.moved += moved
         found.floor += max(flops / self.rates[0], moved / self.rates[1])
         found.calls += 1
-        return out
+
+
+def _work_of_ours(name: str, arguments: Sequence[Any]) -> tuple[str, float]:
+    """Which part of a step a call of a kernel belongs to, and its floating-point operations."""
+    if name in _PER_NUMBER:
+        return "other", float(_PER_NUMBER[name] * arguments[0].numel())
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    tables = [t for t in tensors if t.dim() == 2 and t.dtype == torch.int64]
+    if name.startswith("conv"):
+        _, edges, channels, *_ = (a for a in arguments if isinstance(a, int))
+        entries = next(t.shape[0] for t in tables if t.shape[1] == 3)
+        # per edge the coefficients times y once, then per channel one product for each entry
+        return "conv", 2.0 * edges * entries * (channels + 1)
+    kind = arguments[0] if isinstance(arguments[0], int) else 3
+    atoms, channels = tensors[0].shape[:2]
+    terms = next(t.shape[0] for t in tables if t.shape[1] == 4)
+    return "contract", float(_PER_TERM[kind]) * atoms * channels * terms
 
 
 def _work(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[str, float]:
     """Which part of a step an operation belongs to, and its floating-point operations."""
-    name = func._schema.name
-    if name == "mace_lora::conv":
-        senders, tables, sizes = args[5], args[7], args[8]
-        # per edge the coefficients times y once, then per channel one product for each entry
-        return "conv", 2.0 * senders.shape[0] * tables[2].numel() * (sizes[0] + 1)
-    if name.startswith("mace_lora::contract"):
-        kind = name.removeprefix("mace_lora::")
-        terms = next(a for a in args if isinstance(a, Tensor) and _is_terms(a))
-        atoms, channels = args[0].shape[:2]
-        return "contract", float(_PER_TERM[kind]) * atoms * channels * terms.shape[0]
     if func.overloadpacket in flop_registry:
         return "matrix", float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
     return "other", float(sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)))
-
-
-def _is_terms(tensor: Tensor) -> bool:
-    return tensor.dim() == 2 and tensor.shape[1] == 4 and tensor.dtype == torch.int64
 
 
 def peak(dtype: torch.dtype) -> tuple[float, float]:
@@ -121,7 +151,8 @@ def measure(contender: Contender, rounds: int, rates: tuple[float, float]) -> di
     """By part, the mean of some steps."""
     for _ in range(3):
         contender.step()
-    with Counting(*rates) as counted:
+    counted = Counting(*rates)
+    with counted.counting():
         for _ in range(rounds):
             contender.step()
     return {

@@ -65,6 +65,27 @@ def test_study(tmp_path, study):
     assert "rank 4" in lines[2]
 
 
+def test_all_work_of_a_step_is_counted():
+    """Of one frame: our kernels, which are no operations of torch, as well."""
+    frames = ROOT / "mace_lora" / "data" / "ethanol_train.xyz"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "scripts" / "bench_floor.py"), f"--frames={frames}"),
+            *("--batch=1", "--models", "mini", "--rounds=1"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line][2:]
+    names, calls = [row[0].strip() for row in rows], [int(row[-1]) for row in rows]
+    # two layers, and what training on forces asks of each product
+    assert dict(zip(names, calls, strict=True))["convolution (our kernel)"] == 29
+    assert dict(zip(names, calls, strict=True))["symmetric contraction (our kernel)"] == 8
+    assert calls[-1] == sum(calls[:-1])
+
+
 @pytest.mark.slow
 def test_whole_runs_are_compared():
     """Three frames of ethanol, one epoch of each program."""
