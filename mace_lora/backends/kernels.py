@@ -100,27 +100,26 @@ def conv(
         senders, receivers: (edges,) of int64.
         tables, sizes: of a `products.Convolution`.
     """
-    found: Tensor = apply(_Conv, by, x, y, w, g, senders, receivers, tables, sizes)
+    found: Tensor = apply(_Conv, by, tables, sizes, senders, receivers, x, y, w, g)
     return found
 
 
 class _Conv(Function):
+    """`conv`, of x, y, w and g in this order."""
+
     @staticmethod
     def forward(
         ctx: Context,
         by: str,
-        x: Tensor | None,
-        y: Tensor | None,
-        w: Tensor | None,
-        g: Tensor | None,
-        senders: Tensor,
-        receivers: Tensor,
         tables: Sequence[Tensor],
         sizes: Sequence[int],
+        senders: Tensor,
+        receivers: Tensor,
+        *given: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, y, w, g, senders, receivers)  # as given: copies have no history
+        ctx.save_for_backward(senders, receivers, *given)  # as given: copies have no history
         ctx.by, ctx.tables, ctx.sizes = by, tables, sizes
-        x, y, w, g = (t if t is None else t.contiguous() for t in (x, y, w, g))
+        x, y, w, g = (t if t is None else t.contiguous() for t in given)
         senders, receivers = senders.contiguous(), receivers.contiguous()
         node = x if x is not None else g  # at most one argument of Q is left out
         assert node is not None
@@ -151,16 +150,16 @@ class _Conv(Function):
 
     @staticmethod
     def backward(ctx: Context, cotangent: Tensor) -> tuple[object, ...]:
-        *given, senders, receivers = ctx.saved_tensors
+        senders, receivers, *given = ctx.saved_tensors
         arguments: list[Tensor | None] = [*given]
         mine = "xywg".index(ctx.by)
         arguments[mine] = cotangent
         gradients: list[Tensor | None] = [None] * 4
         for i, name in enumerate("xywg"):
-            if i != mine and ctx.needs_input_grad[1 + i]:
+            if i != mine and ctx.needs_input_grad[5 + i]:
                 x, y, w, g = (None if j == i else a for j, a in enumerate(arguments))
                 gradients[i] = conv(name, x, y, w, g, senders, receivers, ctx.tables, ctx.sizes)
-        return (None, *gradients, None, None, None, None)
+        return (None, None, None, None, None, *gradients)
 
 
 # ------------------------------------------------------------------------------ contraction
