@@ -65,6 +65,15 @@ def here(folder: Path, *flags: str) -> str:
     return ""
 
 
+def run_program(*command: str | Path, **environment: str) -> str:
+    """What a program prints that ends well, in a process with some variables more."""
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def run_command(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`mace_run_train` as a user runs it, in a fresh process."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -161,6 +170,6 @@ def tool_fails(command: str, *flags: str) -> str:
     """The message of a command that must fail with exit code 1."""
     with pytest.raises(SystemExit) as stop:
         cli.main_tools([command, *map(str, flags)])
-    assert isinstance(stop.value.code, str)  # printed to stderr, exit code 1
+    assert isinstance(stop.value.code, str)  # run_program to stderr, exit code 1
     assert stop.value.code.startswith("error: ")
     return stop.value.code

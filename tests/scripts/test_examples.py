@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from helpers.adapter_folders import make_adapter
 from helpers.frames import DATA
+from helpers.running import run_program
 from mace.calculators import MACECalculator
 
 from mace_lora import load_adapter, load_foundation, merge
@@ -128,13 +128,8 @@ def test_fine_tune(folder):
     programs = Path(sys.executable).parent
     if not (programs / "mace_lora").exists():
         pytest.skip("the commands are not installed")
-    done = subprocess.run(
-        [EXAMPLES / "fine_tune.sh", "train.xyz", "test.xyz", "mini", "--max_num_epochs=2"],
-        env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ("train.xyz", "test.xyz", "mini", "--max_num_epochs=2")
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    run_program(EXAMPLES / "fine_tune.sh", *flags, PATH=path)
     assert Path("my_model.model").exists()
     assert Path("parity.png").exists()

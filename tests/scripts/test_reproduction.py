@@ -17,6 +17,7 @@ import torch
 import yaml
 from ase import Atoms
 from helpers.frames import DATA
+from helpers.running import run_program
 
 from mace_lora.errors import ConfigError, FoundationModelError
 
@@ -127,17 +128,6 @@ def command(data_dir: Path, out: Path, *arguments: str) -> list[str]:
     ]
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def errors_by_hand(model: Path, frames: list[Atoms]) -> tuple[float, float]:
     """MAE of total energy (meV) and of force components (meV/A), through the ASE calculator."""
     from mace.calculators import MACECalculator
@@ -154,10 +144,12 @@ def errors_by_hand(model: Path, frames: list[Atoms]) -> tuple[float, float]:
 @pytest.mark.slow
 def test_the_table_is_what_the_saved_models_predict(tmp_path, data_dir):
     """The whole path for an adapter and a baseline; what is finished is not done again."""
-    run(*command(data_dir, tmp_path, "--adapter=full,lora", "--train_frames=10", "--steps=4"))
+    run_program(
+        *command(data_dir, tmp_path, "--adapter=full,lora", "--train_frames=10", "--steps=4")
+    )
     written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/**/*")}
     arguments = command(data_dir, tmp_path, "--adapter=lora", "--train_frames", "5", "10")
-    printed = run(*arguments, "--steps=4")
+    printed = run_program(*arguments, "--steps=4")
     assert printed.count("(was finished)") == 1
     assert {p: p.stat().st_mtime_ns for p in written if p.is_file()} == {
         p: time for p, time in written.items() if p.is_file()
@@ -176,7 +168,7 @@ def test_the_table_is_what_the_saved_models_predict(tmp_path, data_dir):
     for name in ("learning_curves_rmd17_ethanol", "error_against_frames_rmd17_ethanol_MD"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
-    printed = run(*arguments, "--steps=4", "--test_frames=4", "--only=n10")
+    printed = run_program(*arguments, "--steps=4", "--test_frames=4", "--only=n10")
     assert "(was finished)" not in printed  # evaluated again, on other frames
     assert all(p.stat().st_mtime_ns == t for p, t in written.items() if p.name == "run.model")
     results = json.loads((tmp_path / "table.json").read_text())
@@ -218,7 +210,7 @@ def test_an_interrupted_run_is_continued(tmp_path, data_dir):
     assert process.returncode == 75
     assert "give the same command again to continue" in printed
     assert not list(tmp_path.glob("runs/*/*/*/result.json"))
-    run(*arguments)
+    run_program(*arguments)
     (result,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/*/*/*/result.json"))
     assert result["resumed"]
     (folder,) = tmp_path.glob("runs/*/*/*")
@@ -230,12 +222,12 @@ def test_an_interrupted_run_is_continued(tmp_path, data_dir):
 def test_an_interrupted_baseline_starts_over(tmp_path, data_dir):
     """mace-torch's own restart would end elsewhere."""
     arguments = command(data_dir, tmp_path, "--adapter=full", "--train_frames=5", "--steps=3")
-    run(*arguments)
+    run_program(*arguments)
     (path,) = tmp_path.glob("runs/*/*/*/result.json")
     straight = json.loads(path.read_text())
     path.unlink()
     (path.parent / "trained.json").unlink()  # as if it had been stopped after its last checkpoint
-    run(*arguments)
+    run_program(*arguments)
     again = json.loads(path.read_text())
     assert again["errors"] == straight["errors"]
     assert not again["resumed"]
@@ -252,7 +244,7 @@ def test_baselines_start_at_the_labels_where_all_elements_are_the_foundations(tm
     path = Path(__file__).parents[1] / "data" / "uracil.xyz"
     frames = datasets.read_xyz(path)
     foundation.write(tmp_path / "foundation.model", settings, frames)
-    run(
+    run_program(
         *(sys.executable, "-c", "from mace.cli.run_train import main; main()"),
         *(
             "--name=run",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.frames import DATA
+from helpers.running import run_program
 
 from mace_lora import AdapterConfig, cli
 
 ROOT = Path(__file__).parents[2]
+FRAMES = DATA / "ethanol_train.xyz"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
@@ -31,35 +32,23 @@ def test_configurations_are_understood(path):
 def test_quickstart(tmp_path):
     if not (Path(sys.prefix) / "bin" / "activate").exists():
         pytest.skip("not in a virtual environment")
-    done = subprocess.run(
-        [ROOT / "scripts" / "quickstart.sh", f"--work_dir={tmp_path}", "--max_num_epochs=6"],
-        env={**os.environ, "VENV": sys.prefix},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Before -> after training" in done.stdout
+    flags = (f"--work_dir={tmp_path}", "--max_num_epochs=6")
+    said = run_program(ROOT / "scripts" / "quickstart.sh", *flags, VENV=sys.prefix)
+    assert "Before -> after training" in said
     for file in ("ethanol.model", "ethanol_compiled.model", "ethanol_learning_curve.png"):
         assert (tmp_path / file).exists()
-        assert str(tmp_path / file) in done.stdout
+        assert str(tmp_path / file) in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", ["init", "mini"])
 def test_study(tmp_path, study):
     """Two epochs of every variant: the table has a row for each."""
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "scripts" / "study.py"), study),
-            *("--out", str(tmp_path), "--epochs=2", "--eval_interval=1", "--dtype=float32"),
-            *("--only", "rank 4"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    run_program(
+        *(sys.executable, ROOT / "scripts" / "study.py", study),
+        *("--out", tmp_path, "--epochs=2", "--eval_interval=1", "--dtype=float32"),
+        *("--only", "rank 4"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len(lines) == 2 + {"init": 5, "mini": 1}[study]
     assert "rank 4" in lines[2]
@@ -67,40 +56,26 @@ def test_study(tmp_path, study):
 
 def test_all_work_of_a_step_is_counted():
     """Of one frame: our kernels, which are no operations of torch, as well."""
-    frames = ROOT / "mace_lora" / "data" / "ethanol_train.xyz"
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "scripts" / "bench_floor.py"), f"--frames={frames}"),
-            *("--batch=1", "--models", "mini", "--rounds=1"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    said = run_program(
+        *(sys.executable, ROOT / "scripts" / "bench_floor.py", f"--frames={FRAMES}"),
+        *("--batch=1", "--models", "mini", "--rounds=1"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line][2:]
-    names, calls = [row[0].strip() for row in rows], [int(row[-1]) for row in rows]
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if "|" in line][2:]
+    calls = {row[0].strip(): int(row[-1]) for row in rows}
     # two layers, and what training on forces asks of each product
-    assert dict(zip(names, calls, strict=True))["convolution (our kernel)"] == 29
-    assert dict(zip(names, calls, strict=True))["symmetric contraction (our kernel)"] == 8
-    assert calls[-1] == sum(calls[:-1])
+    assert calls["convolution (our kernel)"] == 29
+    assert calls["symmetric contraction (our kernel)"] == 8
+    assert calls.pop("all") == sum(calls.values())
 
 
 @pytest.mark.slow
 def test_whole_runs_are_compared():
     """Three frames of ethanol, one epoch of each program."""
-    frames = ROOT / "mace_lora" / "data" / "ethanol_train.xyz"
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "scripts" / "bench_run.py"), f"--frames={frames}"),
-            *("--n_frames=3", "--n_valid=1", "--flags", "protect=False"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+    said = run_program(
+        *(sys.executable, ROOT / "scripts" / "bench_run.py", f"--frames={FRAMES}"),
+        *("--n_frames=3", "--n_valid=1", "--flags", "protect=False"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if "|" in line}
+    rows = {line.split("|")[1].strip(): line for line in said.splitlines() if "|" in line}
     theirs, ours, ratio = (rows[who].split("|")[2:5] for who in ("mace-torch", "ours", "ratio"))
     for a, b, found in zip(ours, theirs, ratio, strict=True):
         assert float(found) == pytest.approx(float(a) / float(b), abs=0.1)
