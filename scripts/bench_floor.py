@@ -112,12 +112,12 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _work_of_ours(name: str, arguments: Sequence[Any]) -> tuple[str, float]:
     """Which part of a step a call of a kernel belongs to, and its floating-point operations."""
-    if name in _PER_NUMBER:
-        return "other", float(_PER_NUMBER[name] * arguments[0].numel())
+    if name in _PER_NUMBER or name == "pairs":
+        return "other", float(_PER_NUMBER.get(name, 0) * arguments[0].numel())
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     tables = [t for t in tensors if t.dim() == 2 and t.dtype == torch.int64]
     if name.startswith("conv"):
-        _, edges, channels, *_ = (a for a in arguments if isinstance(a, int))
+        _, edges, _, channels, *_ = (a for a in arguments if isinstance(a, int))
         entries = next(t.shape[0] for t in tables if t.shape[1] == 3)
         # per edge the coefficients times y once, then per channel one product for each entry
         return "conv", 2.0 * edges * entries * (channels + 1)

@@ -1,10 +1,11 @@
 """The two products of MACE as functions of torch, with all derivatives that training needs.
 
 `conv`, the messages of neighbours: with x: (nodes, irreps of x), y: (edges, irreps of y), one
-channel each, w: (edges, paths x channels) and Clebsch-Gordan coefficients C,
+channel each, w: (rows, paths x channels), of which an edge has one, and Clebsch-Gordan
+coefficients C,
 
     M[r, u, k] = sum over edges e = s -> r, paths p, components i, j of
-                 C[p, i, j, k] x[s, u, i] y[e, j] w[e, p, u].
+                 C[p, i, j, k] x[s, u, i] y[e, j] w[row(e), p, u].
 
 Q = <g, M> is a form, linear in each of x, y, w and g. M is its derivative by g, the gradients are
 its derivatives by x, y and w, and their derivatives are derivatives of Q again, with one argument
@@ -14,7 +15,7 @@ exchanged. So one function, told by which argument to differentiate, is closed u
 with coefficients p: (elements, terms, channels). Training on forces needs its first two
 derivatives.
 
-The C++ behind them is `csrc/products.cpp`. Layouts of features are e3nn's throughout.
+The C++ behind them is in `csrc/`. Layouts of features are e3nn's throughout.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     by: str  # of `conv` alone, as the two below
+    index: Tensor
+    rows: int
     tables: Sequence[Tensor]
     sizes: Sequence[int]
 
@@ -84,8 +87,8 @@ def conv(
     y: Tensor | None,
     w: Tensor | None,
     g: Tensor | None,
-    senders: Tensor,
-    receivers: Tensor,
+    index: Tensor,
+    rows: int,
     tables: Sequence[Tensor],
     sizes: Sequence[int],
 ) -> Tensor:
@@ -95,12 +98,13 @@ def conv(
         by: the argument; "g" gives the message.
         x: (nodes, channels x components of x).
         y: (edges, components of y).
-        w: (edges, paths x channels).
+        w: (rows, paths x channels).
         g: (nodes, channels x components of M).
-        senders, receivers: (edges,) of int64.
+        index: (2, edges) of int64, senders and receivers.
+        rows: of w: as many as edges, or half as many; then edges have row 0, 1, ..., 0, 1, ...
         tables, sizes: of a `products.Convolution`.
     """
-    found: Tensor = apply(_Conv, by, tables, sizes, senders, receivers, x, y, w, g)
+    found: Tensor = apply(_Conv, by, index, rows, tables, sizes, x, y, w, g)
     return found
 
 
@@ -111,54 +115,45 @@ class _Conv(Function):
     def forward(
         ctx: Context,
         by: str,
+        index: Tensor,
+        rows: int,
         tables: Sequence[Tensor],
         sizes: Sequence[int],
-        senders: Tensor,
-        receivers: Tensor,
         *given: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(senders, receivers, *given)  # as given: copies have no history
-        ctx.by, ctx.tables, ctx.sizes = by, tables, sizes
-        x, y, w, g = (t if t is None else t.contiguous() for t in given)
-        senders, receivers = senders.contiguous(), receivers.contiguous()
+        ctx.save_for_backward(*given)  # as given: copies have no history
+        ctx.by, ctx.index, ctx.rows, ctx.tables, ctx.sizes = by, index, rows, tables, sizes
+        x, _, _, g = given
         node = x if x is not None else g  # at most one argument of Q is left out
         assert node is not None
         paths, entries, values, x_blocks, out_blocks = tables
         channels, x_dim, y_dim, out_dim = sizes
-        nodes, edges = node.shape[0], senders.shape[0]
-        out = node.new_empty(
-            {
-                "x": (nodes, channels * x_dim),
-                "y": (edges, y_dim),
-                "w": (edges, paths.shape[0] * channels),
-                "g": (nodes, channels * out_dim),
-            }[by]
-        )
-        values = values.to(out.dtype)
-        shared: list[Tensor | int] = [nodes, edges, *sizes, paths, paths.shape[0], entries, values]
+        n_nodes, n_edges = node.shape[0], index.shape[1]
+        senders, receivers = index.contiguous()
+        shapes = {
+            "x": (n_nodes, channels * x_dim),
+            "y": (n_edges, y_dim),
+            "w": (rows, paths.shape[0] * channels),
+            "g": (n_nodes, channels * out_dim),
+        }
+        out = node.new_empty(shapes[by])
+        read = [t.contiguous() for t in given if t is not None]
+        shared: list[Tensor | int] = [senders, receivers, n_nodes, n_edges, rows, *sizes]
+        shared += [paths, paths.shape[0], entries, values.to(out.dtype)]
         shared += [x_blocks, x_blocks.shape[0], out_blocks, out_blocks.shape[0]]
-        pairs = (senders, receivers)
-        if by == "g":
-            call("conv_by_g", out.dtype, x, y, w, *pairs, out, *shared)
-        elif by == "x":
-            call("conv_by_x", out.dtype, g, y, w, *pairs, out, *shared)
-        elif by == "w":
-            call("conv_by_edge", out.dtype, x, y, None, g, *pairs, out, None, *shared)
-        else:
-            call("conv_by_edge", out.dtype, x, None, w, g, *pairs, None, out, *shared)
+        call(f"conv_by_{by}", out.dtype, *read, out, *shared)
         return out
 
     @staticmethod
     def backward(ctx: Context, cotangent: Tensor) -> tuple[object, ...]:
-        senders, receivers, *given = ctx.saved_tensors
-        arguments: list[Tensor | None] = [*given]
+        arguments: list[Tensor | None] = [*ctx.saved_tensors]
         mine = "xywg".index(ctx.by)
         arguments[mine] = cotangent
         gradients: list[Tensor | None] = [None] * 4
         for i, name in enumerate("xywg"):
             if i != mine and ctx.needs_input_grad[5 + i]:
                 x, y, w, g = (None if j == i else a for j, a in enumerate(arguments))
-                gradients[i] = conv(name, x, y, w, g, senders, receivers, ctx.tables, ctx.sizes)
+                gradients[i] = conv(name, x, y, w, g, ctx.index, ctx.rows, ctx.tables, ctx.sizes)
         return (None, None, None, None, None, *gradients)
 
 

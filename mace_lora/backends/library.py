@@ -18,7 +18,7 @@ from pathlib import Path
 from mace_lora.errors import MaceLoraError
 from mace_lora.files import whole_file
 
-_SOURCES = ("products.cpp", "silu.cpp")
+_SOURCES = ("common.cpp", "convolution.cpp", "contraction.cpp", "pairs.cpp", "silu.cpp")
 # Reassociation lets sums over channels be vectors; NaN and infinity keep their meaning.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared"),

@@ -7,7 +7,9 @@ and can't be traced into a graph. The functions here give the same numbers from 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,9 +33,9 @@ def plain_forward(module: torch.nn.Module) -> Forward | None:
     return None
 
 
-def _slices(irreps: o3.Irreps) -> list[tuple[slice, int, int]]:
-    """(columns, multiplicity, components) of each irrep."""
-    return [(s, mul, ir.dim) for s, (mul, ir) in zip(irreps.slices(), irreps, strict=True)]
+def _sizes(irreps: o3.Irreps) -> list[int]:
+    """Columns of each irrep, to split a tensor once: a slice has a gradient as large as the whole."""
+    return [mul * ir.dim for mul, ir in irreps]
 
 
 def _join(parts: list[list[Tensor]], sizes: list[int], like: Tensor) -> Tensor:
@@ -51,29 +53,70 @@ def _is_plain_linear(module: o3.Linear) -> bool:
     return bool(module.internal_weights and module.weight.numel() == n_paths > 0)
 
 
+@dataclass(frozen=True)
+class _Path:
+    """One product of a linear layer: irreps side by side, of one kind, to another one.
+
+    e3nn makes a path of each pair of irreps. Those of a message, one for each path of the
+    convolution, are taken together where nothing else reads them.
+    """
+
+    inputs: tuple[int, ...]
+    output: int
+    rows: int
+    cols: int
+    dim: int
+    factor: float
+
+    def continued(self, other: _Path) -> bool:
+        """Whether `other` reads the next irrep for the same output."""
+        ours = (self.output, self.cols, self.dim, self.factor)
+        theirs = (other.output, other.cols, other.dim, other.factor)
+        return ours == theirs and other.inputs[0] == self.inputs[-1] + 1
+
+
+def _paths(module: o3.Linear) -> list[_Path]:
+    """In the order of their weights."""
+    used = [ins for ins in module.instructions if ins.i_in != -1 and 0 not in ins.path_shape]
+    readers = Counter(ins.i_in for ins in used)
+    paths: list[_Path] = []
+    for ins in used:
+        dim = module.irreps_in[ins.i_in].ir.dim
+        rows, cols = ins.path_shape
+        new = _Path((ins.i_in,), ins.i_out, rows, cols, dim, ins.path_weight)
+        last = paths[-1] if paths else None
+        alone = all(readers[i] == 1 for p in (last, new) if p for i in p.inputs)
+        if last and alone and last.continued(new):
+            paths[-1] = replace(last, inputs=last.inputs + new.inputs, rows=last.rows + new.rows)
+        else:
+            paths.append(new)
+    return paths
+
+
 def _linear(module: o3.Linear) -> Forward:
-    inputs, outputs = _slices(module.irreps_in), _slices(module.irreps_out)
-    sizes = [mul * dim for _, mul, dim in outputs]
+    inputs, outputs = _sizes(module.irreps_in), _sizes(module.irreps_out)
+    paths = _paths(module)
+    read = {i for path in paths for i in path.inputs}
+    blocks = sorted({p.inputs for p in paths} | {(i,) for i in range(len(inputs)) if i not in read})
+    columns = [sum(inputs[i] for i in block) for block in blocks]
+    weights = [path.rows * path.cols for path in paths]
+    biases = [ins for ins in module.instructions if ins.i_in == -1]
 
     def forward(features: Tensor) -> Tensor:
         shape = features.shape[:-1]
         x = features.reshape(-1, features.shape[-1])
-        weight, start, bias_start = module.weight.reshape(-1), 0, 0
         parts: list[list[Tensor]] = [[] for _ in outputs]
-        for ins in module.instructions:
-            if ins.i_in == -1:
-                n = ins.path_shape[0]
-                parts[ins.i_out].append(module.bias[bias_start : bias_start + n] * ins.path_weight)
-                bias_start += n
-                continue
-            rows, cols = ins.path_shape
-            if rows * cols == 0:
-                continue
-            matrix = weight[start : start + rows * cols].view(rows, cols) * ins.path_weight
-            start += rows * cols
-            columns, _, dim = inputs[ins.i_in]
-            parts[ins.i_out].append(_mix(x[:, columns], matrix, dim))
-        return _join(parts, sizes, x).reshape(*shape, -1)
+        of_block = dict(zip(blocks, torch.split(x, columns, dim=1), strict=True))
+        for path, weight in zip(
+            paths, torch.split(module.weight.reshape(-1), weights), strict=True
+        ):
+            matrix = weight.view(path.rows, path.cols) * path.factor
+            parts[path.output].append(_mix(of_block[path.inputs], matrix, path.dim))
+        if biases:
+            sizes = [ins.path_shape[0] for ins in biases]
+            for ins, bias in zip(biases, torch.split(module.bias, sizes), strict=True):
+                parts[ins.i_out].append(bias * ins.path_weight)
+        return _join(parts, outputs, x).reshape(*shape, -1)
 
     return forward
 
@@ -99,27 +142,24 @@ def _is_selector(module: o3.TensorProduct) -> bool:
 
 
 def _selector(module: o3.TensorProduct) -> Forward:
-    inputs, outputs = _slices(module.irreps_in1), _slices(module.irreps_out)
-    scalars = _slices(module.irreps_in2)
-    sizes = [mul * dim for _, mul, dim in outputs]
+    inputs, outputs = _sizes(module.irreps_in1), _sizes(module.irreps_out)
+    scalars = _sizes(module.irreps_in2)
+    used = [ins for ins in module.instructions if 0 not in ins.path_shape]
+    shapes = [ins.path_shape for ins in used]
+    sizes = [rows * n * cols for rows, n, cols in shapes]
 
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        weight, start = module.weight.reshape(-1), 0
         parts: list[list[Tensor]] = [[] for _ in outputs]
-        for ins in module.instructions:
-            rows, n, cols = ins.path_shape
-            if rows * n * cols == 0:
-                continue
-            columns, _, dim = inputs[ins.i_in1]
+        weights = torch.split(module.weight.reshape(-1), sizes)
+        columns, chosen = torch.split(x, inputs, dim=1), torch.split(y, scalars, dim=1)
+        for ins, (rows, n, cols), weight in zip(used, shapes, weights, strict=True):
+            dim = module.irreps_in1[ins.i_in1].ir.dim
             scale = ins.path_weight / dim**0.5  # the Clebsch-Gordan coefficient with a scalar
-            matrix = weight[start : start + rows * n * cols].view(rows, n, cols) * scale
-            start += rows * n * cols
-            chosen = y[:, scalars[ins.i_in2][0]]
-            pairs = x[:, columns].reshape(-1, 1, rows * dim) * chosen.unsqueeze(2)
+            pairs = columns[ins.i_in1].reshape(-1, 1, rows * dim) * chosen[ins.i_in2].unsqueeze(2)
             pairs = pairs.reshape(-1, n * rows * dim)
-            by_scalar = matrix.transpose(0, 1).reshape(n * rows, cols)
-            parts[ins.i_out].append(_mix(pairs, by_scalar, dim))
-        return _join(parts, sizes, x)
+            by_scalar = weight.view(rows, n, cols).transpose(0, 1).reshape(n * rows, cols)
+            parts[ins.i_out].append(_mix(pairs, by_scalar * scale, dim))
+        return _join(parts, outputs, x)
 
     return forward
 

@@ -58,12 +58,11 @@ class Convolution(torch.nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, w: Tensor | RadialWeights, edge_index: Tensor
     ) -> Tensor:
-        """x: (nodes, ...), y: (edges, ...), w: (edges, ...) -> messages (nodes, ...)."""
+        """x: (nodes, ...), y: (edges, ...), w: (rows, ...), see `conv` -> messages (nodes, ...)."""
         if isinstance(w, RadialWeights):
             return w.message(self.forward, x, y, edge_index)
         tables = [self.paths, self.entries, self.values, self.x_blocks, self.out_blocks]
-        senders, receivers = edge_index[0], edge_index[1]
-        return conv("g", x, y, w, None, senders, receivers, tables, self.sizes)
+        return conv("g", x, y, w, None, edge_index, len(w), tables, self.sizes)
 
     @staticmethod
     def fits(product: object) -> TypeGuard[o3.TensorProduct]:

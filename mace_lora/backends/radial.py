@@ -1,15 +1,18 @@
-"""Weights of a convolution by distance, which of many edges are not computed before they are used.
+"""Weights of a convolution by distance, computed when they are used.
 
-MACE computes them for all edges at once, by a small network: of a frame of 2,000 atoms in water
-hundreds of MB, and as much for each derivative. Of few edges this is the fastest way, and stays.
+MACE computes them for each edge, by a small network, which is most of the arithmetic of a step.
+Here it is done once for i -> j and j -> i. And MACE does it for all edges at once: of a frame of
+2,000 atoms in water hundreds of MB, and as much for each derivative. Of few edges this is the
+fastest way, and stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +23,7 @@ from e3nn.math import normalize2mom  # isort: skip
 
 from mace_lora.backends.activations import silu
 from mace_lora.backends.blocks import in_blocks
+from mace_lora.backends.pairs import there_and_back
 
 # Numbers of one batch, edges times what the network makes for each, from which on the edges go in
 # blocks: 128 MB in float64
@@ -37,14 +41,15 @@ class RadialNetwork:
 
     def __init__(self, network: nn.FullyConnectedNet) -> None:
         self._layers = list(network.children())
-        self._per_edge = sum(network.hs[1:])
+        self.per_edge = sum(network.hs[1:])
 
-    def forward(self, features: Tensor) -> Tensor | RadialWeights:
-        """features: (edges, basis functions) -> weights (edges, paths x channels), now or later."""
-        weights = [layer.weight for layer in self._layers]
-        if len(features) * self._per_edge < MANY:
-            return self.weights_of(features, weights)
-        return RadialWeights(self, max(1, BLOCK // self._per_edge), features, weights)
+    def forward(self, features: Tensor) -> RadialWeights:
+        """features: (edges, basis functions) -> weights (edges, paths x channels), later."""
+        return RadialWeights(self, features, [layer.weight for layer in self._layers])
+
+    def block(self, n: int) -> int:
+        """How many of `n` edges, or pairs, are computed at a time."""
+        return max(1, BLOCK // self.per_edge) if n * self.per_edge >= MANY else n
 
     def weights_of(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """As e3nn's layers compute them, with factors moved from edges to the next weight."""
@@ -75,41 +80,48 @@ def _is_silu(act: object) -> bool:
 
 @dataclass(frozen=True)
 class RadialWeights:
-    """Weights that are computed block by block, with the message that they are for.
+    """Weights that are computed with the message that they are for.
 
     Attributes:
         network: that computes them.
-        size: edges of a block.
         features: (edges, basis functions).
         weights: of the network's layers.
         factors: (edges, 1) each, by which they are multiplied.
     """
 
     network: RadialNetwork
-    size: int
     features: Tensor
     weights: Sequence[Tensor]
     factors: tuple[Tensor, ...] = field(default=())
 
     def __mul__(self, factor: Tensor) -> RadialWeights:
         """mace-torch multiplies them by the cutoff in some models."""
-        return RadialWeights(
-            self.network, self.size, self.features, self.weights, (*self.factors, factor)
-        )
+        return replace(self, factors=(*self.factors, factor))
 
     def message(
         self, convolution: Callable[..., Tensor], x: Tensor, y: Tensor, edge_index: Tensor
     ) -> Tensor:
         """What `convolution` gives with these weights: (nodes, ...)."""
+        distances = [self.features, *self.factors]
+        pairs = there_and_back(edge_index, y, self.features)
+        harmonics = [y] if pairs is None else [y[half] for half in pairs]
+        if pairs is not None:
+            edge_index = edge_index[:, pairs[0]]
+            distances = [t[pairs[0]] for t in distances]
 
         def of_block(
             nodes: Tensor, edges: Sequence[Tensor], index: Tensor, weights: Sequence[Tensor]
         ) -> Tensor:
-            harmonics, features, *factors = edges
+            harmonics, (features, *factors) = edges[:-n], edges[-n:]
             w = self.network.weights_of(features, weights)
             for factor in factors:
                 w = w * factor
-            return convolution(nodes, harmonics, w, index)
+            if pairs is not None:
+                index = torch.cat([index, index.flip(0)], dim=1)
+            return convolution(nodes, torch.cat([*harmonics]), w, index)
 
-        edges = (y, self.features, *self.factors)
-        return in_blocks(of_block, self.size, x, edges, edge_index, self.weights)
+        n, total = len(distances), edge_index.shape[1]
+        edges, size = (*harmonics, *distances), self.network.block(total)
+        if size == total:
+            return of_block(x, edges, edge_index, self.weights)
+        return in_blocks(of_block, size, x, edges, edge_index, self.weights)

@@ -36,13 +36,13 @@ def test_the_same_forces_and_gradients(kind, method, monkeypatch):
     randomise_(model, 1)
     batch = predicting.frames_to_batch(molecules(), model)
     whole = computed(model, batch)
-    used, message = [], radial.RadialWeights.message
+    used, in_blocks = [], radial.in_blocks
 
-    def noted(self, *arguments):
-        used.append(-(-len(self.features) // self.size))
-        return message(self, *arguments)
+    def noted(function, size, nodes, edges, edge_index, weights):
+        used.append(-(-edge_index.shape[1] // size))
+        return in_blocks(function, size, nodes, edges, edge_index, weights)
 
-    monkeypatch.setattr(radial.RadialWeights, "message", noted)
+    monkeypatch.setattr(radial, "in_blocks", noted)
     monkeypatch.setattr(radial, "MANY", 0)
     monkeypatch.setattr(radial, "BLOCK", 1500)
     blocks = computed(model, batch)

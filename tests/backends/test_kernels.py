@@ -12,30 +12,34 @@ from mace_lora.backends.products import Convolution
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("halves", [1, 2], ids=["weights by edge", "by pair"])
 @pytest.mark.parametrize("channels", [1, 7, 16, 37, 96])
-def test_conv_is_its_definition(channels, dtype):
-    """For numbers of channels that fill vectors, that don't, and that leave a rest."""
+def test_conv_is_its_definition(channels, halves, dtype):
+    """For numbers of channels that fill vectors, that don't, and that leave a rest; for matrices of
+    one row to eleven."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)  # coefficients of e3nn are made in it
-    x_irreps, y_irreps = o3.Irreps(f"{channels}x0e + {channels}x1o"), o3.Irreps("0e + 1o + 2e")
-    paths = [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3), (1, 2, 4)]
-    out_irreps = o3.Irreps("+".join(f"{channels}x{i}" for i in ("0e", "1o", "1o", "0e", "1o")))
+    x_irreps = o3.Irreps(f"{channels}x0e + {channels}x1o + {channels}x4e")
+    y_irreps = o3.Irreps("0e + 1o + 2e")
+    paths = [(0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 3), (1, 2, 4), (2, 1, 5), (2, 2, 6)]
+    found = ("0e", "1o", "1o", "0e", "1o", "5o", "3e")
+    out_irreps = o3.Irreps("+".join(f"{channels}x{i}" for i in found))
     product = o3.TensorProduct(
         *(x_irreps, y_irreps, out_irreps),
         [(i, j, k, "uvu", True) for i, j, k in paths],
         shared_weights=False,
         internal_weights=False,
     ).to(dtype)
-    nodes, edges = 5, 23
+    nodes, edges = 5, 24
     sizes = {
         "x": (nodes, x_irreps.dim),
         "y": (edges, y_irreps.dim),
-        "w": (edges, product.weight_numel),
+        "w": (edges // halves, product.weight_numel),
         "g": (nodes, out_irreps.dim),
     }
     given = {n: torch.randn(s, dtype=dtype, requires_grad=True) for n, s in sizes.items()}
-    senders, receivers = torch.randint(nodes, (2, edges))
-    messages = product(given["x"][senders], given["y"], given["w"])
+    senders, receivers = index = torch.randint(nodes, (2, edges))
+    messages = product(given["x"][senders], given["y"], given["w"].repeat(halves, 1))
     summed = torch.zeros(sizes["g"], dtype=dtype).index_add(0, receivers, messages)
     q = (summed * given["g"]).sum()
     expected = dict(zip(given, torch.autograd.grad(q, list(given.values())), strict=True))
@@ -43,7 +47,7 @@ def test_conv_is_its_definition(channels, dtype):
     tables = [made.paths, made.entries, made.values, made.x_blocks, made.out_blocks]
     for by in given:
         others = [None if n == by else t.detach() for n, t in given.items()]
-        found = conv(by, *others, senders, receivers, tables, made.sizes)
+        found = conv(by, *others, index, edges // halves, tables, made.sizes)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         assert (found - expected[by]).abs().max() < tolerance * expected[by].abs().max()
 
