@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import Node
 
 from mace_lora.backends.library import load
 
@@ -56,6 +57,7 @@ class Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+    next_functions: tuple[tuple[Node | None, int], ...]
     by: str  # of `conv` alone, as the two below
     index: Tensor
     rows: int
@@ -63,6 +65,24 @@ class Context(Protocol):
     sizes: Sequence[int]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def wanted(ctx: Context) -> list[bool]:
+    """Which gradients somebody waits for, in a backward pass.
+
+    `needs_input_grad` says which could be asked for. Forces need none of weights, and weights none
+    of positions.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    return [needed and _is_executed(next(nodes)) for needed in ctx.needs_input_grad]
+
+
+def _is_executed(node: Node) -> bool:
+    """Whether this backward pass goes on to `node`; if torch can't tell, it might."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except (AttributeError, RuntimeError):  # of torch, and no public function; leaves
+        return True
 
 
 class Last(Function):
@@ -150,8 +170,8 @@ class _Conv(Function):
         mine = "xywg".index(ctx.by)
         arguments[mine] = cotangent
         gradients: list[Tensor | None] = [None] * 4
-        for i, name in enumerate("xywg"):
-            if i != mine and ctx.needs_input_grad[5 + i]:
+        for i, (name, needed) in enumerate(zip("xywg", wanted(ctx)[5:], strict=True)):
+            if i != mine and needed:
                 x, y, w, g = (None if j == i else a for j, a in enumerate(arguments))
                 gradients[i] = conv(name, x, y, w, g, ctx.index, ctx.rows, ctx.tables, ctx.sizes)
         return (None, None, None, None, None, *gradients)
@@ -192,9 +212,10 @@ class _Contract(Function):
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, p, element, terms = ctx.saved_tensors
         by_x, by_p = None, None
-        if ctx.needs_input_grad[0]:
+        needs_x, needs_p, *_ = wanted(ctx)
+        if needs_x:
             by_x = apply(_ContractByX, x, p, element, g, terms)
-        if ctx.needs_input_grad[1]:
+        if needs_p:
             by_p = apply(_ContractByP, x, p, element, g, None, terms)
         return by_x, by_p, None, None, None
 
@@ -218,7 +239,7 @@ class _ContractByX(Function):
         x, p, element, g, terms = ctx.saved_tensors
         by_g, by_x = apply(_ContractTwice, x, p, element, g, a, terms)
         by_p = None
-        if ctx.needs_input_grad[1]:
+        if wanted(ctx)[1]:
             by_p = apply(_ContractByP, x, p, element, g, a, terms)
         return by_x, by_p, None, by_g, None
 

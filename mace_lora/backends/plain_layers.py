@@ -1,4 +1,4 @@
-"""e3nn's layers as a few matrix products of torch, instead of generated TorchScript.
+"""e3nn's layers, and MACE's around them, as a few matrix products of torch, not TorchScript.
 
 TorchScript compiles itself during the first steps of every run, for as long as twenty steps take,
 and can't be traced into a graph. The functions here give the same numbers from the same weights.
@@ -10,6 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,11 +31,13 @@ def plain_forward(module: torch.nn.Module) -> Forward | None:
         return _selector(module)
     if isinstance(module, o3.SphericalHarmonics):
         return _spherical_harmonics(module)
+    if _is_reshape(module):
+        return _reshape(module)
     return None
 
 
 def _sizes(irreps: o3.Irreps) -> list[int]:
-    """Columns of each irrep, to split a tensor once: a slice has a gradient as large as the whole."""
+    """Columns of each irrep, to split tensors by: a slice has a gradient as large as the whole."""
     return [mul * ir.dim for mul, ir in irreps]
 
 
@@ -160,6 +163,29 @@ def _selector(module: o3.TensorProduct) -> Forward:
             by_scalar = weight.view(rows, n, cols).transpose(0, 1).reshape(n * rows, cols)
             parts[ins.i_out].append(_mix(pairs, by_scalar * scale, dim))
         return _join(parts, outputs, x)
+
+    return forward
+
+
+class _Reshape(Protocol):
+    """mace-torch's, of messages: channels apart from components."""
+
+    muls: list[int]
+    dims: list[int]
+
+
+def _is_reshape(module: object) -> TypeGuard[_Reshape]:
+    known = type(module).__name__ == "reshape_irreps" and hasattr(module, "muls")
+    return known and getattr(module, "cueq_config", None) is None
+
+
+def _reshape(module: _Reshape) -> Forward:
+    shapes = list(zip(module.muls, module.dims, strict=True))
+
+    def forward(tensor: Tensor) -> Tensor:
+        parts = torch.split(tensor, [mul * dim for mul, dim in shapes], dim=1)
+        fields = [p.reshape(-1, *shape) for p, shape in zip(parts, shapes, strict=True)]
+        return torch.cat(fields, dim=2)
 
     return forward
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from e3nn import o3
+from helpers.steps import adapted
+from mace.modules import WeightedEnergyForcesLoss
 
+from mace_lora.backends import kernels
 from mace_lora.backends.activations import silu
+from mace_lora.backends.fused import Fused
 from mace_lora.backends.kernels import conv
 from mace_lora.backends.products import Convolution
+from mace_lora.model.injection import adapter_parameters
+from mace_lora.training.epochs.computing import Computing
+from mace_lora.upstream.predicting import frames_to_batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -75,3 +84,37 @@ def test_third_derivatives_are_refused():
         y = y.sum()
     with pytest.raises(RuntimeError, match="no third derivatives"):
         y.backward()
+
+
+def test_gradients_that_nobody_reads_are_not_computed(model, frames, monkeypatch):
+    """Those by positions when the loss is differentiated, those by weights for forces."""
+    model = adapted(model, "full")
+    batch = frames_to_batch(frames, model)
+    called: Counter[str] = Counter()
+
+    def counting(name, *arguments):
+        called[name] += 1
+        call(name, *arguments)
+
+    call = kernels.call
+    monkeypatch.setattr(kernels, "call", counting)
+    with Fused().active(model):
+        model(batch.to_dict(), compute_force=True)
+    layers = len(model.interactions)
+    assert called["contract_weights"] == 0
+    assert called["conv_by_y"] == layers
+    called.clear()
+    optimiser = torch.optim.SGD(list(adapter_parameters(model).values()))
+    Computing("fused").take_step(
+        model,
+        loss_fn=WeightedEnergyForcesLoss(),
+        batch=batch,
+        optimizer=optimiser,
+        ema=None,
+        output_args={"forces": True, "virials": False, "stress": False},
+        max_grad_norm=None,
+        device=torch.device("cpu"),
+    )
+    assert called["conv_by_y"] == layers
+    assert called["contract_weights"] == 2 * layers
+    assert batch.positions.grad is None

@@ -70,13 +70,14 @@ void from_components(const T* in, T* row, const Index* blocks, Index n_blocks, I
   }
 }
 
+// of all atoms
 template <typename T>
-std::vector<T> components(const T* nodes, Index n, Index dim, const Index* blocks, Index n_blocks,
-                          Index u, int threads) {
-  std::vector<T> out(n * dim * u);
+std::unique_ptr<T[]> components(const T* nodes, Index n, Index dim, const Index* blocks,
+                                Index n_blocks, Index u, int threads) {
+  std::unique_ptr<T[]> out(new T[n * dim * u]);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (Index i = 0; i < n; ++i)
-    to_components(nodes + i * dim * u, out.data() + i * dim * u, blocks, n_blocks, u);
+    to_components(nodes + i * dim * u, out.get() + i * dim * u, blocks, n_blocks, u);
   return out;
 }
 
@@ -90,7 +91,8 @@ void path_matrix(const Path& p, const Entry* entries, const T* values, const T* 
   }
 }
 
-constexpr Index TOGETHER = 8;  // edges of an atom that are summed in registers
+constexpr Index TOGETHER = 16; // edges of an atom that are summed in registers
+constexpr Index AHEAD = 512;   // how far weights, paths x channels, are fetched in advance
 
 // What a sum over edges reads of each: rows of channels, weights or other rows, a matrix
 template <typename T>
@@ -98,11 +100,14 @@ struct Edge {
   const T *in, *w, *a;
 };
 
-// A function of R rows and N vectors of channels, for all channels: as wide as they allow
+// A function of R rows and N vectors of channels, for all channels: as wide as they allow, and as
+// the registers
 template <typename T, template <typename, typename, int, int> class Part, int R, typename... Args>
 void for_channels(Index u, const Args&... args) {
   constexpr Index lanes = VECTOR / sizeof(T);
   Index c = 0;
+  if constexpr (4 * R <= 2 * ROWS)
+    for (; c + 4 * lanes <= u; c += 4 * lanes) Part<T, Wide<T>, 4, R>::run(u, c, args...);
   for (; c + 2 * lanes <= u; c += 2 * lanes) Part<T, Wide<T>, 2, R>::run(u, c, args...);
   for (; c + lanes <= u; c += lanes) Part<T, Wide<T>, 1, R>::run(u, c, args...);
   for (; c < u; ++c) Part<T, One<T>, 1, R>::run(u, c, args...);
@@ -128,8 +133,10 @@ struct AddRows {
     each<R * N>([&](int m) { s[m] = load<V>(out + (first + m / N) * u + c + m % N * lanes); });
     for (Index e = 0; e < n_edges; ++e) {
       const T *in = edges[e].in + c, *a = edges[e].a + first;
-      each<N>([&](int n) { __builtin_prefetch(edges[e].w + c + n * lanes + 512); });
-      each<N>([&](int n) { w[n] = load<V>(edges[e].w + c + n * lanes); });
+      each<N>([&](int n) {
+        w[n] = load<V>(edges[e].w + c + n * lanes);
+        __builtin_prefetch(edges[e].w + c + n * lanes + AHEAD);
+      });
       for (Index i = 0; i < n_in; ++i, in += u, a += n_out) {
         each<N>([&](int n) { x[n] = w[n] * load<V>(in + n * lanes); });
         each<R * N>([&](int m) { s[m] += a[m / N] * x[m % N]; });
@@ -139,14 +146,15 @@ struct AddRows {
   }
 };
 
-// out[c] += sum over edges and r: w[r][c] sum_k a[k][r] in[k][c]
+// out[c] = sum over edges and r: w[r][c] sum_k a[k][r] in[k][c]; it is added to that of the rows
+// before the first
 template <typename T, typename V, int N, int R>
 struct AddProducts {
   static void run(Index u, Index c, const Edge<T>* edges, Index n_edges, Index n_in, Index n_out,
                   Index first, T* out) {
     constexpr Index lanes = sizeof(V) / sizeof(T);
     V total[N], s[R * N], x[N];
-    each<N>([&](int n) { total[n] = load<V>(out + c + n * lanes); });
+    each<N>([&](int n) { total[n] = first ? load<V>(out + c + n * lanes) : V{}; });
     for (Index e = 0; e < n_edges; ++e) {
       const T *in = edges[e].in + c, *a = edges[e].a + first, *w = edges[e].w + first * u + c;
       each<R * N>([&](int m) { s[m] = V{}; });
@@ -167,7 +175,7 @@ inline void dots_of(Index from, Index to, Index u, const T* w, const T* x, const
   V s[R];
   each<R>([&](int r) { s[r] = V{}; });
   for (Index c = from; c < to; c += lanes) {
-    __builtin_prefetch(w + c + 512);
+    __builtin_prefetch(w + c + AHEAD);
     const V v = load<V>(w + c) * load<V>(x + c);
     each<R>([&](int r) { s[r] += v * load<V>(g + r * u + c); });
   }
@@ -189,7 +197,7 @@ template <typename T, bool BY_G>
 void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
   const Index u = f.u, in_dim = BY_G ? f.x_dim : f.out_dim, dim = BY_G ? f.out_dim : f.x_dim;
   const Index *from = BY_G ? f.senders : f.receivers, *to = BY_G ? f.receivers : f.senders;
-  const std::vector<T> packed =
+  const auto packed =
       components(nodes, f.n_nodes, in_dim, BY_G ? f.x_blocks : f.out_blocks,
                  BY_G ? f.n_x_blocks : f.n_out_blocks, u, f.threads);
   const Groups groups(to, f.n_edges, f.n_nodes);
@@ -223,42 +231,57 @@ void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
   }
 }
 
-// by w, or by y, which is given
-template <typename T, bool BY_W>
-void by_edge(const Form<T>& f, const T* x, const T* given, const T* g, T* out) {
+template <typename T>
+void by_w(const Form<T>& f, const T* x, const T* y, const T* g, T* out) {
   const Index u = f.u;
-  const std::vector<T> xs =
-      components(x, f.n_nodes, f.x_dim, f.x_blocks, f.n_x_blocks, u, f.threads);
-  const std::vector<T> gs =
-      components(g, f.n_nodes, f.out_dim, f.out_blocks, f.n_out_blocks, u, f.threads);
+  const auto xs = components(x, f.n_nodes, f.x_dim, f.x_blocks, f.n_x_blocks, u, f.threads);
+  const auto gs = components(g, f.n_nodes, f.out_dim, f.out_blocks, f.n_out_blocks, u, f.threads);
 #pragma omp parallel num_threads(f.threads)
   {
-    std::vector<T> a(f.largest());
+    std::vector<T> a(2 * f.largest());
+    Edge<T> edges[2];
 #pragma omp for schedule(static)
     for (Index row = 0; row < f.n_rows; ++row) {
-      if (BY_W) std::memset(out + row * f.n_paths * u, 0, sizeof(T) * f.n_paths * u);
-      for (Index e = row; e < f.n_edges; e += f.n_rows) {
-        if (!BY_W) std::memset(out + e * f.y_dim, 0, sizeof(T) * f.y_dim);
-        for (Index ip = 0; ip < f.n_paths; ++ip) {
-          const Path& p = f.paths[ip];
-          const T* xe = &xs[(f.senders[e] * f.x_dim + p.x) * u];
-          const T* ge = &gs[(f.receivers[e] * f.out_dim + p.out) * u];
-          const Index w = (row * f.n_paths + ip) * u;
-          if (BY_W) {
-            path_matrix<T, true>(p, f.entries, f.values, given + e * f.y_dim, a.data());
-            const Edge<T> edge{ge, xe, a.data()};
-            for (Index r = 0; r < p.nx; r += ROWS)
-              for_rows<T, AddProducts>(p.nx - r, u, &edge, Index(1), p.nout, p.nx, r, out + w);
-          } else {
-            std::memset(a.data(), 0, sizeof(T) * p.nx * p.nout);
-            for (Index i = 0; i < p.nx; ++i)
-              for (Index k = 0; k < p.nout; k += ROWS)
-                dots(p.nout - k, u, given + w, xe + i * u, ge + k * u, &a[i * p.nout + k]);
-            for (Index m = p.first; m < p.last; ++m)
-              out[e * f.y_dim + p.y + f.entries[m].j] +=
-                  f.values[m] * a[f.entries[m].i * p.nout + f.entries[m].k];
-          }
+      for (Index ip = 0; ip < f.n_paths; ++ip) {
+        const Path& p = f.paths[ip];
+        Index n_edges = 0;
+        for (Index e = row; e < f.n_edges; e += f.n_rows) {
+          T* matrix = &a[n_edges * p.nx * p.nout];
+          path_matrix<T, true>(p, f.entries, f.values, y + e * f.y_dim, matrix);
+          edges[n_edges++] = {&gs[(f.receivers[e] * f.out_dim + p.out) * u],
+                              &xs[(f.senders[e] * f.x_dim + p.x) * u], matrix};
         }
+        for (Index r = 0; r < p.nx; r += ROWS)
+          for_rows<T, AddProducts>(p.nx - r, u, edges, n_edges, p.nout, p.nx, r,
+                                   out + (row * f.n_paths + ip) * u);
+      }
+    }
+  }
+}
+
+template <typename T>
+void by_y(const Form<T>& f, const T* x, const T* w, const T* g, T* out) {
+  const Index u = f.u;
+  const auto xs = components(x, f.n_nodes, f.x_dim, f.x_blocks, f.n_x_blocks, u, f.threads);
+  const auto gs = components(g, f.n_nodes, f.out_dim, f.out_blocks, f.n_out_blocks, u, f.threads);
+#pragma omp parallel num_threads(f.threads)
+  {
+    std::vector<T> b(f.largest());
+#pragma omp for schedule(static)
+    for (Index e = 0; e < f.n_edges; ++e) {
+      T* oy = out + e * f.y_dim;
+      std::memset(oy, 0, sizeof(T) * f.y_dim);
+      for (Index ip = 0; ip < f.n_paths; ++ip) {
+        const Path& p = f.paths[ip];
+        const T* xe = &xs[(f.senders[e] * f.x_dim + p.x) * u];
+        const T* ge = &gs[(f.receivers[e] * f.out_dim + p.out) * u];
+        const T* we = w + (f.row(e) * f.n_paths + ip) * u;
+        std::memset(b.data(), 0, sizeof(T) * p.nx * p.nout);
+        for (Index i = 0; i < p.nx; ++i)
+          for (Index k = 0; k < p.nout; k += ROWS)
+            dots(p.nout - k, u, we, xe + i * u, ge + k * u, &b[i * p.nout + k]);
+        for (Index m = p.first; m < p.last; ++m)
+          oy[p.y + f.entries[m].j] += f.values[m] * b[f.entries[m].i * p.nout + f.entries[m].k];
       }
     }
   }
@@ -285,10 +308,10 @@ void by_edge(const Form<T>& f, const T* x, const T* given, const T* g, T* out) {
     by_node<T, false>(Form<T> PASS, g, y, w, out);                                              \
   }                                                                                             \
   extern "C" void conv_by_w_##SUFFIX(const T* x, const T* y, const T* g, T* out, FORM(T)) {     \
-    by_edge<T, true>(Form<T> PASS, x, y, g, out);                                               \
+    by_w<T>(Form<T> PASS, x, y, g, out);                                               \
   }                                                                                             \
   extern "C" void conv_by_y_##SUFFIX(const T* x, const T* w, const T* g, T* out, FORM(T)) {     \
-    by_edge<T, false>(Form<T> PASS, x, w, g, out);                                              \
+    by_y<T>(Form<T> PASS, x, w, g, out);                                              \
   }
 EXPORT(f64, double)
 EXPORT(f32, float)

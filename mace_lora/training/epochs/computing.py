@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -80,10 +81,14 @@ class Computing:
 
     # ------------------------------------------------------------------ steps and evaluations
 
-    def take_step(self, model: torch.nn.Module, **keywords: object) -> Stepped:
+    def take_step(
+        self, model: torch.nn.Module, *, loss_fn: Callable[..., torch.Tensor], **keywords: object
+    ) -> Stepped:
         """Upstream's step on one batch."""
+        if not isinstance(model, DistributedDataParallel):  # which waits for all that has gradients
+            loss_fn = partial(_loss_of, loss_fn, [p for p in model.parameters() if p.requires_grad])
         with self.active(model):
-            done: Stepped = upstream.original("take_step")(model=model, **keywords)
+            done: Stepped = upstream.original("take_step")(model=model, loss_fn=loss_fn, **keywords)
             return done
 
     def step_of_lbfgs(self, model: torch.nn.Module, **keywords: object) -> Stepped:
@@ -120,6 +125,20 @@ class Computing:
         cached = parametrize.cached() if keep else contextlib.nullcontext()
         with backend.active(_inner(model)), cached:
             yield
+
+
+def _loss_of(
+    loss_fn: Callable[..., torch.Tensor], parameters: list[torch.nn.Parameter], **given: object
+) -> torch.Tensor:
+    """The loss, whose gradients by positions, which nobody reads, are not computed."""
+    loss = loss_fn(**given)
+
+    def backward() -> None:
+        del loss.__dict__["backward"]
+        torch.autograd.backward(loss, inputs=parameters)
+
+    loss.__dict__["backward"] = backward
+    return loss
 
 
 def _inner(model: torch.nn.Module) -> torch.nn.Module:
