@@ -39,6 +39,8 @@ REPELS = 1.0  # eV/A: from this mean force on, a step of a wall must rise
 SPAN = 2  # pairs of half a wall, 0.1 A
 HELD = 0.5  # so much of the start's force along its direction is left, or it costs more
 WEIGHT = 0.3  # of it, beside the loss's
+# What mace-torch gives every frame, and no model reads
+LABELS = ("energy", "forces", "stress", "virials", "dipole", "polarizability")
 AT_ONCE, ATOMS_AT_ONCE = 16, 400  # anchors and their atoms that are labelled in one batch
 
 # Of some graphs: forces on all their atoms, eV/A, or None
@@ -310,7 +312,12 @@ def _frame(graph: Graph, known: Sequence[int]) -> ase.Atoms:
 
 
 def _completed(graph: Graph, source: Graph, model: torch.nn.Module) -> Graph:
-    """`graph` with the head of `source`, and its charge, spin, ... where the model reads them."""
+    """`graph` with the head of `source`, and its charge, spin, ... where the model reads them.
+
+    Labels go: an anchor has its own, and a batch is made the faster the less there is.
+    """
+    for name in (*LABELS, "weight", *(f"{label}_weight" for label in (*LABELS, "charges"))):
+        graph[name] = None
     names = ["head"]
     for name, wanted in inputs_of(model).items():
         same_atoms = len(graph.positions) == len(source.positions)
