@@ -27,9 +27,9 @@ struct Groups {
 
 // Some channels in a vector register, and how many rows of two of them are summed at a time
 #ifdef __AVX512F__
-constexpr Index VECTOR = 64, ROWS = 8;
+constexpr Index VECTOR = 64, ROWS = 7;
 #else
-constexpr Index VECTOR = 32, ROWS = 4;
+constexpr Index VECTOR = 32, ROWS = 3;
 #endif
 template <typename T, Index BYTES>
 struct Vector {

@@ -26,69 +26,114 @@ void scatter(T (*in)[BLOCK], T* x, Index n, Index from, Index count) {
     for (Index c = 0; c < count; ++c) x[(from + c) * n + i] = in[i][c];
 }
 
+// Terms of one f[k] that begin alike, with x[i] x[j], from `first` to `last`: sorted terms do. What
+// they have in common is computed once.
+struct Run {
+  Index k, i, j, first, last;
+};
+
+std::vector<Run> runs_of(const Term* terms, Index n_terms) {
+  std::vector<Run> runs;
+  for (Index t = 0; t < n_terms; ++t) {
+    const Term& m = terms[t];
+    const bool more = t && m.k == runs.back().k && m.i == runs.back().i && m.j == runs.back().j;
+    if (!more) runs.push_back({m.k, m.i, m.j, t, t});
+    runs.back().last = t + 1;
+  }
+  return runs;
+}
+
+// Two vectors of channels of a block
+template <typename T>
+struct Part {
+  using V = Wide<T>;
+  static constexpr Index lanes = VECTOR / sizeof(T), size = 2 * lanes;
+  V v[2];
+  static Part of(const T* x) { return {{load<V>(x), load<V>(x + lanes)}}; }
+  void to(T* x) const { store(v[0], x), store(v[1], x + lanes); }
+  void add_to(T* x) const { (of(x) + *this).to(x); }
+  Part operator+(const Part& b) const { return {{v[0] + b.v[0], v[1] + b.v[1]}}; }
+  Part operator*(const Part& b) const { return {{v[0] * b.v[0], v[1] * b.v[1]}}; }
+};
+
+// Of one atom, for BLOCK channels: x, g, what x is changed by (a), and sums of f and by x
+template <typename T>
+struct Rows {
+  alignas(64) T x[MAX_X][BLOCK], a[MAX_X][BLOCK], by_x[MAX_X][BLOCK];
+  alignas(64) T g[MAX_K][BLOCK], f[MAX_K][BLOCK];
+};
+
 // mode 0: f from x.  mode 1: by x, from g.  mode 2: the derivative of mode 1 by x and g along a.
+template <typename T, int MODE>
+void add_run(Rows<T>& r, const Run& run, const Term* terms, const T* p, Index stride, Index c) {
+  using P = Part<T>;
+  const P xi = P::of(r.x[run.i] + c), xj = P::of(r.x[run.j] + c), xij = xi * xj;
+  P g{}, ai{}, aj{}, aij{}, top{}, along_x{}, along_a{};
+  if (MODE >= 1) g = P::of(r.g[run.k] + c);
+  if (MODE == 1) top = g * xij;
+  if (MODE == 2) {
+    ai = P::of(r.a[run.i] + c), aj = P::of(r.a[run.j] + c);
+    aij = ai * xj + xi * aj;
+    top = g * aij;
+  }
+  for (Index t = run.first; t < run.last; ++t) {
+    const Index l = terms[t].l;
+    const P pt = P::of(p + t * stride + c);
+    along_x = along_x + pt * P::of(r.x[l] + c);
+    if (MODE == 2) along_a = along_a + pt * P::of(r.a[l] + c);
+    if (MODE >= 1) (pt * top).add_to(r.by_x[l] + c);
+  }
+  if (MODE == 0) (xij * along_x).add_to(r.f[run.k] + c);
+  if (MODE == 1) {
+    (g * xj * along_x).add_to(r.by_x[run.i] + c);
+    (g * xi * along_x).add_to(r.by_x[run.j] + c);
+  }
+  if (MODE == 2) {
+    (aij * along_x + xij * along_a).add_to(r.f[run.k] + c);
+    (g * (aj * along_x + xj * along_a)).add_to(r.by_x[run.i] + c);
+    (g * (ai * along_x + xi * along_a)).add_to(r.by_x[run.j] + c);
+  }
+}
+
 template <typename T, int MODE>
 void contract(const T* x, const T* p, const Index* element, const T* g, const T* a, T* out_f,
               T* out_x, Index n_atoms, Index n_channels, Index n_x, Index n_k, const Term* terms,
               Index n_terms, int threads) {
   const Index n_blocks = (n_channels + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-  for (Index job = 0; job < n_atoms * n_blocks; ++job) {
-    const Index b = job / n_blocks, from = (job % n_blocks) * BLOCK;
-    const Index count = n_channels - from < BLOCK ? n_channels - from : BLOCK;
-    alignas(64) T xs[MAX_X][BLOCK], as[MAX_X][BLOCK], dx[MAX_X][BLOCK];
-    alignas(64) T gs[MAX_K][BLOCK], f[MAX_K][BLOCK];
-    gather(x + b * n_channels * n_x, n_x, from, count, xs);
-    for (Index c = 0; c < BLOCK; ++c) xs[n_x][c] = 1;
-    if (MODE != 1) std::memset(f, 0, sizeof(f[0]) * n_k);
-    if (MODE >= 1) {
-      gather(g + b * n_channels * n_k, n_k, from, count, gs);
-      std::memset(dx, 0, sizeof(dx[0]) * (n_x + 1));
-    }
-    if (MODE == 2) {
-      gather(a + b * n_channels * n_x, n_x, from, count, as);
-      std::memset(as[n_x], 0, sizeof(as[0]));
-    }
-    const T* pe = p + element[b] * n_terms * n_channels + from;
-    for (Index t = 0; t < n_terms; ++t) {
-      const Term& m = terms[t];
-      alignas(64) T pt[BLOCK];
-      if (count == BLOCK) {
-        std::memcpy(pt, pe + t * n_channels, sizeof(pt));
-      } else {
-        for (Index c = 0; c < BLOCK; ++c) pt[c] = c < count ? pe[t * n_channels + c] : T(0);
-      }
-      const T *xi = xs[m.i], *xj = xs[m.j], *xl = xs[m.l];
-      if (MODE == 0) {
-        T* o = f[m.k];
-        for (Index c = 0; c < BLOCK; ++c) o[c] += pt[c] * xi[c] * xj[c] * xl[c];
-      }
-      if (MODE == 1) {
-        const T* gk = gs[m.k];
-        T *di = dx[m.i], *dj = dx[m.j], *dl = dx[m.l];
-        for (Index c = 0; c < BLOCK; ++c) pt[c] *= gk[c];
-        for (Index c = 0; c < BLOCK; ++c) di[c] += pt[c] * xj[c] * xl[c];
-        for (Index c = 0; c < BLOCK; ++c) dj[c] += pt[c] * xi[c] * xl[c];
-        for (Index c = 0; c < BLOCK; ++c) dl[c] += pt[c] * xi[c] * xj[c];
+  const std::vector<Run> runs = runs_of(terms, n_terms);
+#pragma omp parallel num_threads(threads)
+  {
+    Rows<T> r;
+    std::vector<T> padded;  // coefficients of a block that isn't full
+#pragma omp for schedule(dynamic, 4)
+    for (Index job = 0; job < n_atoms * n_blocks; ++job) {
+      const Index b = job / n_blocks, from = (job % n_blocks) * BLOCK;
+      const Index count = std::min(n_channels - from, BLOCK);
+      gather(x + b * n_channels * n_x, n_x, from, count, r.x);
+      std::fill(r.x[n_x], r.x[n_x] + BLOCK, T(1));
+      if (MODE != 1) std::memset(r.f, 0, sizeof(r.f[0]) * n_k);
+      if (MODE >= 1) {
+        gather(g + b * n_channels * n_k, n_k, from, count, r.g);
+        std::memset(r.by_x, 0, sizeof(r.by_x[0]) * (n_x + 1));
       }
       if (MODE == 2) {
-        const T *gk = gs[m.k], *ai = as[m.i], *aj = as[m.j], *al = as[m.l];
-        T *o = f[m.k], *di = dx[m.i], *dj = dx[m.j], *dl = dx[m.l];
-        alignas(64) T v[BLOCK], ij[BLOCK], il[BLOCK], jl[BLOCK];
-        for (Index c = 0; c < BLOCK; ++c) {
-          v[c] = pt[c] * gk[c];
-          ij[c] = ai[c] * xj[c] + xi[c] * aj[c];
-          il[c] = ai[c] * xl[c] + xi[c] * al[c];
-          jl[c] = aj[c] * xl[c] + xj[c] * al[c];
-          o[c] += pt[c] * (ij[c] * xl[c] + xi[c] * xj[c] * al[c]);
-        }
-        for (Index c = 0; c < BLOCK; ++c) di[c] += v[c] * jl[c];
-        for (Index c = 0; c < BLOCK; ++c) dj[c] += v[c] * il[c];
-        for (Index c = 0; c < BLOCK; ++c) dl[c] += v[c] * ij[c];
+        gather(a + b * n_channels * n_x, n_x, from, count, r.a);
+        std::memset(r.a[n_x], 0, sizeof(r.a[0]));
       }
+      const T* pe = p + element[b] * n_terms * n_channels + from;
+      Index stride = n_channels;
+      if (count < BLOCK) {
+        padded.assign(n_terms * BLOCK, 0);
+        for (Index t = 0; t < n_terms; ++t)
+          std::copy(pe + t * stride, pe + t * stride + count, padded.data() + t * BLOCK);
+        pe = padded.data(), stride = BLOCK;
+      }
+      for (const Run& run : runs)
+        for (Index c = 0; c < BLOCK; c += Part<T>::size)
+          add_run<T, MODE>(r, run, terms, pe, stride, c);
+      if (MODE != 1) scatter(r.f, out_f + b * n_channels * n_k, n_k, from, count);
+      if (MODE >= 1) scatter(r.by_x, out_x + b * n_channels * n_x, n_x, from, count);
     }
-    if (MODE != 1) scatter(f, out_f + b * n_channels * n_k, n_k, from, count);
-    if (MODE >= 1) scatter(dx, out_x + b * n_channels * n_x, n_x, from, count);
   }
 }
 
@@ -97,37 +142,45 @@ template <typename T>
 void contract_weights(const T* x, const Index* element, const T* g, const T* a, T* out_p,
                       Index n_elements, Index n_atoms, Index n_channels, Index n_x, Index n_k,
                       const Term* terms, Index n_terms, int threads) {
+  using P = Part<T>;
   const Index n_blocks = (n_channels + BLOCK - 1) / BLOCK;
-  std::memset(out_p, 0, sizeof(T) * n_elements * n_terms * n_channels);
   const Groups groups(element, n_atoms, n_elements);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (Index job = 0; job < n_elements * n_blocks; ++job) {
-    const Index z = job / n_blocks, from = (job % n_blocks) * BLOCK;
-    const Index count = n_channels - from < BLOCK ? n_channels - from : BLOCK;
-    alignas(64) T xs[MAX_X][BLOCK], as[MAX_X][BLOCK], gs[MAX_K][BLOCK];
-    T* pz = out_p + z * n_terms * n_channels + from;
-    for (Index q = groups.ptr[z]; q < groups.ptr[z + 1]; ++q) {
-      const Index b = groups.order[q];
-      gather(x + b * n_channels * n_x, n_x, from, count, xs);
-      gather(g + b * n_channels * n_k, n_k, from, count, gs);
-      for (Index c = 0; c < BLOCK; ++c) xs[n_x][c] = 1;
-      if (a) {
-        gather(a + b * n_channels * n_x, n_x, from, count, as);
-        std::memset(as[n_x], 0, sizeof(as[0]));
-      }
-      for (Index t = 0; t < n_terms; ++t) {
-        const Term& m = terms[t];
-        const T *gk = gs[m.k], *xi = xs[m.i], *xj = xs[m.j], *xl = xs[m.l];
-        T* o = pz + t * n_channels;
-        if (!a) {
-          for (Index c = 0; c < count; ++c) o[c] += gk[c] * xi[c] * xj[c] * xl[c];
-        } else {
-          const T *ai = as[m.i], *aj = as[m.j], *al = as[m.l];
-          for (Index c = 0; c < count; ++c)
-            o[c] += gk[c] * (ai[c] * xj[c] * xl[c] + xi[c] * aj[c] * xl[c] +
-                             xi[c] * xj[c] * al[c]);
+  const std::vector<Run> runs = runs_of(terms, n_terms);
+#pragma omp parallel num_threads(threads)
+  {
+    Rows<T> r;
+    std::vector<T> sums(n_terms * BLOCK);
+#pragma omp for schedule(dynamic, 1)
+    for (Index job = 0; job < n_elements * n_blocks; ++job) {
+      const Index z = job / n_blocks, from = (job % n_blocks) * BLOCK;
+      const Index count = std::min(n_channels - from, BLOCK);
+      std::fill(sums.begin(), sums.end(), T(0));
+      for (Index q = groups.ptr[z]; q < groups.ptr[z + 1]; ++q) {
+        const Index b = groups.order[q];
+        gather(x + b * n_channels * n_x, n_x, from, count, r.x);
+        gather(g + b * n_channels * n_k, n_k, from, count, r.g);
+        std::fill(r.x[n_x], r.x[n_x] + BLOCK, T(1));
+        if (a) {
+          gather(a + b * n_channels * n_x, n_x, from, count, r.a);
+          std::memset(r.a[n_x], 0, sizeof(r.a[0]));
+        }
+        for (const Run& run : runs) {
+          for (Index c = 0; c < BLOCK; c += P::size) {
+            const P xi = P::of(r.x[run.i] + c), xj = P::of(r.x[run.j] + c);
+            const P gk = P::of(r.g[run.k] + c), gx = gk * xi * xj;
+            P ga{};
+            if (a) ga = gk * (P::of(r.a[run.i] + c) * xj + xi * P::of(r.a[run.j] + c));
+            for (Index t = run.first; t < run.last; ++t) {
+              const T *xl = r.x[terms[t].l] + c, *al = r.a[terms[t].l] + c;
+              const P found = a ? ga * P::of(xl) + gx * P::of(al) : gx * P::of(xl);
+              found.add_to(sums.data() + t * BLOCK + c);
+            }
+          }
         }
       }
+      for (Index t = 0; t < n_terms; ++t)
+        std::copy(sums.data() + t * BLOCK, sums.data() + t * BLOCK + count,
+                  out_p + (z * n_terms + t) * n_channels + from);
     }
   }
 }

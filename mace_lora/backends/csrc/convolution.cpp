@@ -100,27 +100,25 @@ struct Edge {
   const T *in, *w, *a;
 };
 
-// A function of R rows and N vectors of channels, for all channels: as wide as they allow, and as
-// the registers
+// A function of R rows and N vectors of channels, for all channels
 template <typename T, template <typename, typename, int, int> class Part, int R, typename... Args>
 void for_channels(Index u, const Args&... args) {
   constexpr Index lanes = VECTOR / sizeof(T);
   Index c = 0;
-  if constexpr (4 * R <= 2 * ROWS)
-    for (; c + 4 * lanes <= u; c += 4 * lanes) Part<T, Wide<T>, 4, R>::run(u, c, args...);
   for (; c + 2 * lanes <= u; c += 2 * lanes) Part<T, Wide<T>, 2, R>::run(u, c, args...);
   for (; c + lanes <= u; c += lanes) Part<T, Wide<T>, 1, R>::run(u, c, args...);
   for (; c < u; ++c) Part<T, One<T>, 1, R>::run(u, c, args...);
 }
 
-// The same for `rows` rows, up to ROWS
+// The same for some of `rows` rows, 1, 3, ... up to ROWS, as irreps have; returns how many
 template <typename T, template <typename, typename, int, int> class Part, int R = ROWS,
           typename... Args>
-void for_rows(Index rows, Index u, const Args&... args) {
+Index for_rows(Index rows, Index u, const Args&... args) {
   if constexpr (R > 1) {
-    if (rows < R) return for_rows<T, Part, R - 1>(rows, u, args...);
+    if (rows < R) return for_rows<T, Part, R - 2>(rows, u, args...);
   }
   for_channels<T, Part, R>(u, args...);
+  return R;
 }
 
 // out[r][c] += sum over edges: w[c] sum_i a[i][r] in[i][c]
@@ -183,13 +181,14 @@ inline void dots_of(Index from, Index to, Index u, const T* w, const T* x, const
 }
 
 template <typename T, int R = ROWS>
-void dots(Index rows, Index u, const T* w, const T* x, const T* g, T* b) {
+Index dots(Index rows, Index u, const T* w, const T* x, const T* g, T* b) {
   if constexpr (R > 1) {
-    if (rows < R) return dots<T, R - 1>(rows, u, w, x, g, b);
+    if (rows < R) return dots<T, R - 2>(rows, u, w, x, g, b);
   }
   const Index wide = u - u % (VECTOR / sizeof(T));
   dots_of<T, Wide<T>, R>(0, wide, u, w, x, g, b);
   dots_of<T, One<T>, R>(wide, u, u, w, x, g, b);
+  return R;
 }
 
 // by g: the message, or by x: its transpose. `to` owns the result and `from` is read.
@@ -220,9 +219,9 @@ void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
             edges[t] = {&packed[(from[e] * in_dim + (BY_G ? p.x : p.out)) * u],
                         w + (f.row(e) * f.n_paths + ip) * u, matrix};
           }
-          for (Index r = 0; r < n_out; r += ROWS)
-            for_rows<T, AddRows>(n_out - r, u, edges, n_edges, n_in, n_out, r,
-                                 &sums[(BY_G ? p.out : p.x) * u]);
+          for (Index r = 0; r < n_out;)
+            r += for_rows<T, AddRows>(n_out - r, u, edges, n_edges, n_in, n_out, r,
+                                      &sums[(BY_G ? p.out : p.x) * u]);
         }
       }
       from_components(sums.data(), out + node * dim * u, BY_G ? f.out_blocks : f.x_blocks,
@@ -251,9 +250,9 @@ void by_w(const Form<T>& f, const T* x, const T* y, const T* g, T* out) {
           edges[n_edges++] = {&gs[(f.receivers[e] * f.out_dim + p.out) * u],
                               &xs[(f.senders[e] * f.x_dim + p.x) * u], matrix};
         }
-        for (Index r = 0; r < p.nx; r += ROWS)
-          for_rows<T, AddProducts>(p.nx - r, u, edges, n_edges, p.nout, p.nx, r,
-                                   out + (row * f.n_paths + ip) * u);
+        for (Index r = 0; r < p.nx;)
+          r += for_rows<T, AddProducts>(p.nx - r, u, edges, n_edges, p.nout, p.nx, r,
+                                        out + (row * f.n_paths + ip) * u);
       }
     }
   }
@@ -278,8 +277,8 @@ void by_y(const Form<T>& f, const T* x, const T* w, const T* g, T* out) {
         const T* we = w + (f.row(e) * f.n_paths + ip) * u;
         std::memset(b.data(), 0, sizeof(T) * p.nx * p.nout);
         for (Index i = 0; i < p.nx; ++i)
-          for (Index k = 0; k < p.nout; k += ROWS)
-            dots(p.nout - k, u, we, xe + i * u, ge + k * u, &b[i * p.nout + k]);
+          for (Index k = 0; k < p.nout;)
+            k += dots(p.nout - k, u, we, xe + i * u, ge + k * u, &b[i * p.nout + k]);
         for (Index m = p.first; m < p.last; ++m)
           oy[p.y + f.entries[m].j] += f.values[m] * b[f.entries[m].i * p.nout + f.entries[m].k];
       }
