@@ -155,16 +155,53 @@ def _selector(module: o3.TensorProduct) -> Forward:
         parts: list[list[Tensor]] = [[] for _ in outputs]
         weights = torch.split(module.weight.reshape(-1), sizes)
         columns, chosen = torch.split(x, inputs, dim=1), torch.split(y, scalars, dim=1)
+        kinds = _Kinds.of(y) if len(scalars) == 1 and y.shape[1] > FEW else None
         for ins, (rows, n, cols), weight in zip(used, shapes, weights, strict=True):
             dim = module.irreps_in1[ins.i_in1].ir.dim
             scale = ins.path_weight / dim**0.5  # the Clebsch-Gordan coefficient with a scalar
-            pairs = columns[ins.i_in1].reshape(-1, 1, rows * dim) * chosen[ins.i_in2].unsqueeze(2)
-            pairs = pairs.reshape(-1, n * rows * dim)
-            by_scalar = weight.view(rows, n, cols).transpose(0, 1).reshape(n * rows, cols)
-            parts[ins.i_out].append(_mix(pairs, by_scalar * scale, dim))
+            by_scalar = weight.view(rows, n, cols).transpose(0, 1) * scale
+            features = columns[ins.i_in1]
+            if kinds is not None:
+                found = kinds.mix(features, by_scalar, dim)
+            else:
+                pairs = features.reshape(-1, 1, rows * dim) * chosen[ins.i_in2].unsqueeze(2)
+                pairs = pairs.reshape(-1, n * rows * dim)
+                found = _mix(pairs, by_scalar.reshape(n * rows, cols), dim)
+            parts[ins.i_out].append(found)
         return _join(parts, outputs, x)
 
     return forward
+
+
+FEW = 8  # elements, up to which one product with all of them is faster than one for each
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Rows that have one of many scalars each, as atoms have one of a foundation model's elements:
+    only the matrices of those that occur are used.
+
+    Attributes:
+        rows: by scalar, of those that occur.
+        back: (rows,), each one's place in `rows` side by side.
+    """
+
+    rows: dict[int, Tensor]
+    back: Tensor
+
+    @classmethod
+    def of(cls, y: Tensor) -> _Kinds | None:
+        """None where `y`, (n, scalars), isn't one-hot."""
+        largest, kind = y.max(dim=1)
+        if not ((largest == 1).all() and int(y.count_nonzero()) == len(y)):
+            return None
+        rows = {z: (kind == z).nonzero().squeeze(1) for z in torch.unique(kind).tolist()}
+        return cls(rows, torch.cat(list(rows.values())).argsort()) if rows else None
+
+    def mix(self, x: Tensor, matrices: Tensor, dim: int) -> Tensor:
+        """(n, rows x dim) with (scalars, rows, cols) to (n, cols x dim)."""
+        by_kind = matrices.unbind()
+        return torch.cat([_mix(x[i], by_kind[z], dim) for z, i in self.rows.items()])[self.back]
 
 
 class _Reshape(Protocol):

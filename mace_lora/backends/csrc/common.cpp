@@ -1,7 +1,7 @@
 // What the kernels share: indices, edges in groups, vectors of channels.
 //
-// The files of this folder are joined in the order of library.py and compiled once per machine; they
-// are called through ctypes: plain C symbols, no torch headers.
+// The files of this folder are joined in the order of library.py and compiled once per machine.
+// They are called through ctypes: plain C symbols, no torch headers.
 
 #include <algorithm>
 #include <cmath>

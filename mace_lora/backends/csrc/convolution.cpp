@@ -5,11 +5,11 @@
 //
 // and each function gives the derivative of Q by the argument that it lacks. Of each edge and path
 // a matrix a[i, k] = sum_j C_ijk y[j] is made once, for all channels; these are the vector
-// direction. Results are summed in registers over some edges of an atom at a time, whose weights are
-// read one after the other as they lie in memory: there are more of them than of all else.
+// direction. Results are summed in registers over some edges of an atom at a time, whose weights
+// are read one after the other as they lie in memory: there are more of them than of all else.
 //
-// Either each edge has a row of weights, or edges i -> j and j -> i, which are as long, have one: the
-// second half of the edges those of the first.
+// Either each edge has a row of weights, or edges i -> j and j -> i, which are as long, have one:
+// the second half of the edges those of the first.
 
 namespace {
 

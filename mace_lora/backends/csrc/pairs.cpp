@@ -9,10 +9,10 @@ bool close(const T* x, const T* y, T sign, Index n) {
   return true;
 }
 
-// mate[e]: the edge that goes back, or -1. Of several edges between the same atoms, through different
-// faces of a crystal, it is the one with the opposite direction (`direction` has three components
-// of each edge, in rows of `dim`) and equal features, which depend on the distance. Equal but for
-// rounding: the other images of an atom are far away.
+// mate[e]: the edge that goes back, or -1. Of several edges between the same atoms, through
+// different faces of a crystal, it is the one with the opposite direction (`direction` has three
+// components of each edge, in rows of `dim`) and equal features, which depend on the distance.
+// Equal but for rounding: the other images of an atom are far away.
 template <typename T>
 void pairs(const Index* senders, const Index* receivers, const T* direction, const T* features,
            Index* mate, Index n_nodes, Index n_edges, Index dim, Index n_features) {
