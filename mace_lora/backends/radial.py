@@ -25,7 +25,7 @@ from mace_lora.backends.activations import silu
 from mace_lora.backends.blocks import in_blocks
 from mace_lora.backends.pairs import there_and_back
 
-# Numbers of one batch, edges (or pairs) times what the network makes for each, from which on they go
+# Numbers of one batch, edges or pairs times what the network makes for each, from which on they go
 # in blocks: 96 MB in float64
 MANY = 3 * 2**22
 # Numbers of one block: some times as many are in memory at a time
