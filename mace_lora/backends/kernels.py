@@ -58,7 +58,7 @@ class Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     next_functions: tuple[tuple[Node | None, int], ...]
-    by: str  # of `conv` alone, as the two below
+    by: str  # of `conv` alone, as those below
     index: Tensor
     rows: int
     tables: Sequence[Tensor]
@@ -78,10 +78,13 @@ def wanted(ctx: Context) -> list[bool]:
 
 
 def _is_executed(node: Node) -> bool:
-    """Whether this backward pass goes on to `node`; if torch can't tell, it might."""
+    """Whether this backward pass goes on to `node`; if torch can't tell, it might.
+
+    The function is torch's, which `register_multi_grad_hook` is made of, but not public.
+    """
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except (AttributeError, RuntimeError):  # of torch, and no public function; leaves
+    except (AttributeError, RuntimeError):  # another torch; leaves whose gradients are asked for
         return True
 
 

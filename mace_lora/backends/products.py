@@ -76,7 +76,6 @@ class Convolution(torch.nn.Module):
             len(channels) == 1
             and all(mul == 1 for mul, _ in product.irreps_in2)
             and all(i.connection_mode == "uvu" and i.has_weight for i in product.instructions)
-            and max(ir.l for _, ir in [*product.irreps_in1, *product.irreps_out]) <= 15
         )
 
 

@@ -91,8 +91,8 @@ void path_matrix(const Path& p, const Entry* entries, const T* values, const T* 
   }
 }
 
-constexpr Index TOGETHER = 16; // edges of an atom that are summed in registers
-constexpr Index AHEAD = 512;   // how far weights, paths x channels, are fetched in advance
+constexpr Index TOGETHER = 16;  // edges of an atom that are summed in registers
+constexpr Index AHEAD = 512;    // how far weights, paths x channels, are fetched in advance
 
 // What a sum over edges reads of each: rows of channels, weights or other rows, a matrix
 template <typename T>
