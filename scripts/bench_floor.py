@@ -36,7 +36,7 @@ from mace_lora.upstream import loading
 
 # Operations per term and channel of the contraction, its derivatives by x, the second ones, by p
 _PER_TERM = (4, 10, 22, 9)
-_PER_NUMBER = {"silu_by_x": 6, "silu_twice": 16}
+_PER_NUMBER = {"silu_by_x": 6, "silu_twice": 16, "pairs": 0}
 _PARTS = {
     "conv": "convolution (our kernel)",
     "contract": "symmetric contraction (our kernel)",
@@ -112,8 +112,8 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _work_of_ours(name: str, arguments: Sequence[Any]) -> tuple[str, float]:
     """Which part of a step a call of a kernel belongs to, and its floating-point operations."""
-    if name in _PER_NUMBER or name == "pairs":
-        return "other", float(_PER_NUMBER.get(name, 0) * arguments[0].numel())
+    if name in _PER_NUMBER:
+        return "other", float(_PER_NUMBER[name] * arguments[0].numel())
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     tables = [t for t in tensors if t.dim() == 2 and t.dtype == torch.int64]
     if name.startswith("conv"):

@@ -21,6 +21,7 @@ from e3nn import o3  # isort: skip
 from e3nn.o3 import _spherical_harmonics as harmonics  # isort: skip
 
 Forward = Callable[..., Tensor]
+FEW = 8  # elements, up to which one product with all of them is faster than one for each
 
 
 def plain_forward(module: torch.nn.Module) -> Forward | None:
@@ -171,9 +172,6 @@ def _selector(module: o3.TensorProduct) -> Forward:
         return _join(parts, outputs, x)
 
     return forward
-
-
-FEW = 8  # elements, up to which one product with all of them is faster than one for each
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,17 @@ template <typename T>
 struct Rows {
   alignas(64) T x[MAX_X][BLOCK], a[MAX_X][BLOCK], by_x[MAX_X][BLOCK];
   alignas(64) T g[MAX_K][BLOCK], f[MAX_K][BLOCK];
+
+  // x, g and a of atom b, `count` channels from `from`; g and a where they are given
+  void read(const T* xs, const T* gs, const T* as, Index b, Index n_channels, Index n_x, Index n_k,
+            Index from, Index count) {
+    gather(xs + b * n_channels * n_x, n_x, from, count, x);
+    std::fill(x[n_x], x[n_x] + BLOCK, T(1));
+    if (gs) gather(gs + b * n_channels * n_k, n_k, from, count, g);
+    if (!as) return;
+    gather(as + b * n_channels * n_x, n_x, from, count, a);
+    std::fill(a[n_x], a[n_x] + BLOCK, T(0));
+  }
 };
 
 // mode 0: f from x.  mode 1: by x, from g.  mode 2: the derivative of mode 1 by x and g along a.
@@ -109,17 +120,9 @@ void contract(const T* x, const T* p, const Index* element, const T* g, const T*
     for (Index job = 0; job < n_atoms * n_blocks; ++job) {
       const Index b = job / n_blocks, from = (job % n_blocks) * BLOCK;
       const Index count = std::min(n_channels - from, BLOCK);
-      gather(x + b * n_channels * n_x, n_x, from, count, r.x);
-      std::fill(r.x[n_x], r.x[n_x] + BLOCK, T(1));
+      r.read(x, g, a, b, n_channels, n_x, n_k, from, count);
       if (MODE != 1) std::memset(r.f, 0, sizeof(r.f[0]) * n_k);
-      if (MODE >= 1) {
-        gather(g + b * n_channels * n_k, n_k, from, count, r.g);
-        std::memset(r.by_x, 0, sizeof(r.by_x[0]) * (n_x + 1));
-      }
-      if (MODE == 2) {
-        gather(a + b * n_channels * n_x, n_x, from, count, r.a);
-        std::memset(r.a[n_x], 0, sizeof(r.a[0]));
-      }
+      if (MODE >= 1) std::memset(r.by_x, 0, sizeof(r.by_x[0]) * (n_x + 1));
       const T* pe = p + element[b] * n_terms * n_channels + from;
       Index stride = n_channels;
       if (count < BLOCK) {
@@ -156,14 +159,7 @@ void contract_weights(const T* x, const Index* element, const T* g, const T* a, 
       const Index count = std::min(n_channels - from, BLOCK);
       std::fill(sums.begin(), sums.end(), T(0));
       for (Index q = groups.ptr[z]; q < groups.ptr[z + 1]; ++q) {
-        const Index b = groups.order[q];
-        gather(x + b * n_channels * n_x, n_x, from, count, r.x);
-        gather(g + b * n_channels * n_k, n_k, from, count, r.g);
-        std::fill(r.x[n_x], r.x[n_x] + BLOCK, T(1));
-        if (a) {
-          gather(a + b * n_channels * n_x, n_x, from, count, r.a);
-          std::memset(r.a[n_x], 0, sizeof(r.a[0]));
-        }
+        r.read(x, g, a, groups.order[q], n_channels, n_x, n_k, from, count);
         for (const Run& run : runs) {
           for (Index c = 0; c < BLOCK; c += P::size) {
             const P xi = P::of(r.x[run.i] + c), xj = P::of(r.x[run.j] + c);
@@ -188,22 +184,22 @@ void contract_weights(const T* x, const Index* element, const T* g, const T* a, 
 }  // namespace
 
 #define EXPORT(SUFFIX, T)                                                                       \
-  extern "C" void contract_##SUFFIX(Index mode, const T* x, const T* p, const Index* z,   \
-                                    const T* g, const T* a, T* out_f, T* out_x,     \
+  extern "C" void contract_##SUFFIX(Index mode, const T* x, const T* p, const Index* z,         \
+                                    const T* g, const T* a, T* out_f, T* out_x,                 \
                                     Index n, Index ch, Index n_x, Index n_k, const Term* terms, \
                                     Index n_terms, int threads) {                               \
     if (mode == 0)                                                                              \
-      contract<T, 0>(x, p, z, g, a, out_f, out_x, n, ch, n_x, n_k, terms, n_terms, threads); \
+      contract<T, 0>(x, p, z, g, a, out_f, out_x, n, ch, n_x, n_k, terms, n_terms, threads);    \
     if (mode == 1)                                                                              \
-      contract<T, 1>(x, p, z, g, a, out_f, out_x, n, ch, n_x, n_k, terms, n_terms, threads); \
+      contract<T, 1>(x, p, z, g, a, out_f, out_x, n, ch, n_x, n_k, terms, n_terms, threads);    \
     if (mode == 2)                                                                              \
-      contract<T, 2>(x, p, z, g, a, out_f, out_x, n, ch, n_x, n_k, terms, n_terms, threads); \
+      contract<T, 2>(x, p, z, g, a, out_f, out_x, n, ch, n_x, n_k, terms, n_terms, threads);    \
   }                                                                                             \
-  extern "C" void contract_weights_##SUFFIX(const T* x, const Index* z, const T* g,       \
-                                            const T* a, T* out_p, Index n_z, Index n,     \
+  extern "C" void contract_weights_##SUFFIX(const T* x, const Index* z, const T* g,             \
+                                            const T* a, T* out_p, Index n_z, Index n,           \
                                             Index ch, Index n_x, Index n_k, const Term* terms,  \
                                             Index n_terms, int threads) {                       \
-    contract_weights<T>(x, z, g, a, out_p, n_z, n, ch, n_x, n_k, terms, n_terms, threads);   \
+    contract_weights<T>(x, z, g, a, out_p, n_z, n, ch, n_x, n_k, terms, n_terms, threads);      \
   }
 EXPORT(f64, double)
 EXPORT(f32, float)

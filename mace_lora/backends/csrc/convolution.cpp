@@ -24,16 +24,23 @@ struct Entry {
   Index i, j, k;
 };
 
-// What is the same for all derivatives. Blocks: (first component, components) of each irrep.
+// Features of atoms, x or g: components in all, and (first component, components) of each irrep
+struct Side {
+  Index dim;
+  const Index* blocks;
+  Index n_blocks;
+};
+
+// What is the same for all derivatives
 template <typename T>
 struct Form {
-  Index n_nodes, n_edges, n_rows, u, x_dim, y_dim, out_dim;
+  Index n_nodes, n_edges, n_rows, u, y_dim;
+  Side x, g;
   const Index *senders, *receivers;
   const Path* paths;
   Index n_paths;
   const Entry* entries;
   const T* values;
-  const Index *x_blocks, n_x_blocks, *out_blocks, n_out_blocks;
   int threads;
   Index row(Index edge) const { return edge < n_rows ? edge : edge - n_rows; }
   // components of the largest matrix of a path
@@ -46,9 +53,9 @@ struct Form {
 
 // (channels, components of one irrep) blocks of e3nn -> component-major (components, channels)
 template <typename T>
-void to_components(const T* row, T* out, const Index* blocks, Index n_blocks, Index u) {
-  for (Index b = 0; b < n_blocks; ++b) {
-    const Index start = blocks[2 * b], d = blocks[2 * b + 1];
+void to_components(const T* row, T* out, const Side& side, Index u) {
+  for (Index b = 0; b < side.n_blocks; ++b) {
+    const Index start = side.blocks[2 * b], d = side.blocks[2 * b + 1];
     const T* in = row + start * u;
     for (Index k = 0; k < d; ++k) {
       T* o = out + (start + k) * u;
@@ -59,9 +66,9 @@ void to_components(const T* row, T* out, const Index* blocks, Index n_blocks, In
 
 // and back
 template <typename T>
-void from_components(const T* in, T* row, const Index* blocks, Index n_blocks, Index u) {
-  for (Index b = 0; b < n_blocks; ++b) {
-    const Index start = blocks[2 * b], d = blocks[2 * b + 1];
+void from_components(const T* in, T* row, const Side& side, Index u) {
+  for (Index b = 0; b < side.n_blocks; ++b) {
+    const Index start = side.blocks[2 * b], d = side.blocks[2 * b + 1];
     T* o = row + start * u;
     for (Index k = 0; k < d; ++k) {
       const T* i = in + (start + k) * u;
@@ -72,12 +79,12 @@ void from_components(const T* in, T* row, const Index* blocks, Index n_blocks, I
 
 // of all atoms
 template <typename T>
-std::unique_ptr<T[]> components(const T* nodes, Index n, Index dim, const Index* blocks,
-                                Index n_blocks, Index u, int threads) {
-  std::unique_ptr<T[]> out(new T[n * dim * u]);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (Index i = 0; i < n; ++i)
-    to_components(nodes + i * dim * u, out.get() + i * dim * u, blocks, n_blocks, u);
+std::unique_ptr<T[]> components(const Form<T>& f, const Side& side, const T* nodes) {
+  const Index size = side.dim * f.u;
+  std::unique_ptr<T[]> out(new T[f.n_nodes * size]);
+#pragma omp parallel for num_threads(f.threads) schedule(static)
+  for (Index i = 0; i < f.n_nodes; ++i)
+    to_components(nodes + i * size, out.get() + i * size, side, f.u);
   return out;
 }
 
@@ -194,19 +201,18 @@ Index dots(Index rows, Index u, const T* w, const T* x, const T* g, T* b) {
 // by g: the message, or by x: its transpose. `to` owns the result and `from` is read.
 template <typename T, bool BY_G>
 void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
-  const Index u = f.u, in_dim = BY_G ? f.x_dim : f.out_dim, dim = BY_G ? f.out_dim : f.x_dim;
-  const Index *from = BY_G ? f.senders : f.receivers, *to = BY_G ? f.receivers : f.senders;
-  const auto packed =
-      components(nodes, f.n_nodes, in_dim, BY_G ? f.x_blocks : f.out_blocks,
-                 BY_G ? f.n_x_blocks : f.n_out_blocks, u, f.threads);
+  const Side &in = BY_G ? f.x : f.g, &result = BY_G ? f.g : f.x;
+  const Index u = f.u, *from = BY_G ? f.senders : f.receivers,
+              *to = BY_G ? f.receivers : f.senders;
+  const auto packed = components(f, in, nodes);
   const Groups groups(to, f.n_edges, f.n_nodes);
 #pragma omp parallel num_threads(f.threads)
   {
-    std::vector<T> sums(dim * u), a(TOGETHER * f.largest());
+    std::vector<T> sums(result.dim * u), a(TOGETHER * f.largest());
     Edge<T> edges[TOGETHER];
 #pragma omp for schedule(dynamic, 4)
     for (Index node = 0; node < f.n_nodes; ++node) {
-      std::memset(sums.data(), 0, sizeof(T) * dim * u);
+      std::memset(sums.data(), 0, sizeof(T) * result.dim * u);
       for (Index q = groups.ptr[node]; q < groups.ptr[node + 1]; q += TOGETHER) {
         const Index n_edges = std::min(TOGETHER, groups.ptr[node + 1] - q);
         for (Index ip = 0; ip < f.n_paths; ++ip) {
@@ -216,7 +222,7 @@ void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
             const Index e = groups.order[q + t];
             T* matrix = &a[t * n_in * n_out];
             path_matrix<T, !BY_G>(p, f.entries, f.values, y + e * f.y_dim, matrix);
-            edges[t] = {&packed[(from[e] * in_dim + (BY_G ? p.x : p.out)) * u],
+            edges[t] = {&packed[(from[e] * in.dim + (BY_G ? p.x : p.out)) * u],
                         w + (f.row(e) * f.n_paths + ip) * u, matrix};
           }
           for (Index r = 0; r < n_out;)
@@ -224,8 +230,7 @@ void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
                                       &sums[(BY_G ? p.out : p.x) * u]);
         }
       }
-      from_components(sums.data(), out + node * dim * u, BY_G ? f.out_blocks : f.x_blocks,
-                      BY_G ? f.n_out_blocks : f.n_x_blocks, u);
+      from_components(sums.data(), out + node * result.dim * u, result, u);
     }
   }
 }
@@ -233,8 +238,7 @@ void by_node(const Form<T>& f, const T* nodes, const T* y, const T* w, T* out) {
 template <typename T>
 void by_w(const Form<T>& f, const T* x, const T* y, const T* g, T* out) {
   const Index u = f.u;
-  const auto xs = components(x, f.n_nodes, f.x_dim, f.x_blocks, f.n_x_blocks, u, f.threads);
-  const auto gs = components(g, f.n_nodes, f.out_dim, f.out_blocks, f.n_out_blocks, u, f.threads);
+  const auto xs = components(f, f.x, x), gs = components(f, f.g, g);
 #pragma omp parallel num_threads(f.threads)
   {
     std::vector<T> a(2 * f.largest());
@@ -247,8 +251,8 @@ void by_w(const Form<T>& f, const T* x, const T* y, const T* g, T* out) {
         for (Index e = row; e < f.n_edges; e += f.n_rows) {
           T* matrix = &a[n_edges * p.nx * p.nout];
           path_matrix<T, true>(p, f.entries, f.values, y + e * f.y_dim, matrix);
-          edges[n_edges++] = {&gs[(f.receivers[e] * f.out_dim + p.out) * u],
-                              &xs[(f.senders[e] * f.x_dim + p.x) * u], matrix};
+          edges[n_edges++] = {&gs[(f.receivers[e] * f.g.dim + p.out) * u],
+                              &xs[(f.senders[e] * f.x.dim + p.x) * u], matrix};
         }
         for (Index r = 0; r < p.nx;)
           r += for_rows<T, AddProducts>(p.nx - r, u, edges, n_edges, p.nout, p.nx, r,
@@ -261,8 +265,7 @@ void by_w(const Form<T>& f, const T* x, const T* y, const T* g, T* out) {
 template <typename T>
 void by_y(const Form<T>& f, const T* x, const T* w, const T* g, T* out) {
   const Index u = f.u;
-  const auto xs = components(x, f.n_nodes, f.x_dim, f.x_blocks, f.n_x_blocks, u, f.threads);
-  const auto gs = components(g, f.n_nodes, f.out_dim, f.out_blocks, f.n_out_blocks, u, f.threads);
+  const auto xs = components(f, f.x, x), gs = components(f, f.g, g);
 #pragma omp parallel num_threads(f.threads)
   {
     std::vector<T> b(f.largest());
@@ -272,8 +275,8 @@ void by_y(const Form<T>& f, const T* x, const T* w, const T* g, T* out) {
       std::memset(oy, 0, sizeof(T) * f.y_dim);
       for (Index ip = 0; ip < f.n_paths; ++ip) {
         const Path& p = f.paths[ip];
-        const T* xe = &xs[(f.senders[e] * f.x_dim + p.x) * u];
-        const T* ge = &gs[(f.receivers[e] * f.out_dim + p.out) * u];
+        const T* xe = &xs[(f.senders[e] * f.x.dim + p.x) * u];
+        const T* ge = &gs[(f.receivers[e] * f.g.dim + p.out) * u];
         const T* we = w + (f.row(e) * f.n_paths + ip) * u;
         std::memset(b.data(), 0, sizeof(T) * p.nx * p.nout);
         for (Index i = 0; i < p.nx; ++i)
@@ -290,14 +293,13 @@ void by_y(const Form<T>& f, const T* x, const T* w, const T* g, T* out) {
 
 #define FORM(T)                                                                                 \
   const Index *senders, const Index *receivers, Index n_nodes, Index n_edges, Index n_rows,     \
-      Index u, Index x_dim, Index y_dim, Index out_dim,                                         \
-      const Path *paths, Index n_paths, const Entry *entries, const T *values,                  \
-      const Index *x_blocks, Index n_x_blocks, const Index *out_blocks, Index n_out_blocks,     \
-      int threads
+      Index u, Index x_dim, Index y_dim, Index out_dim, const Path *paths, Index n_paths,       \
+      const Entry *entries, const T *values, const Index *x_blocks, Index n_x_blocks,           \
+      const Index *out_blocks, Index n_out_blocks, int threads
 #define PASS                                                                                    \
-  {n_nodes,   n_edges,    n_rows,     u,          x_dim,      y_dim, out_dim,                   \
-   senders,   receivers,  paths,      n_paths,    entries,    values,                           \
-   x_blocks,  n_x_blocks, out_blocks, n_out_blocks, threads}
+  {n_nodes, n_edges, n_rows, u, y_dim, {x_dim, x_blocks, n_x_blocks},                           \
+   {out_dim, out_blocks, n_out_blocks}, senders, receivers, paths, n_paths, entries, values,    \
+   threads}
 
 #define EXPORT(SUFFIX, T)                                                                       \
   extern "C" void conv_by_g_##SUFFIX(const T* x, const T* y, const T* w, T* out, FORM(T)) {     \
@@ -307,10 +309,10 @@ void by_y(const Form<T>& f, const T* x, const T* w, const T* g, T* out) {
     by_node<T, false>(Form<T> PASS, g, y, w, out);                                              \
   }                                                                                             \
   extern "C" void conv_by_w_##SUFFIX(const T* x, const T* y, const T* g, T* out, FORM(T)) {     \
-    by_w<T>(Form<T> PASS, x, y, g, out);                                               \
+    by_w<T>(Form<T> PASS, x, y, g, out);                                                        \
   }                                                                                             \
   extern "C" void conv_by_y_##SUFFIX(const T* x, const T* w, const T* g, T* out, FORM(T)) {     \
-    by_y<T>(Form<T> PASS, x, w, g, out);                                              \
+    by_y<T>(Form<T> PASS, x, w, g, out);                                                        \
   }
 EXPORT(f64, double)
 EXPORT(f32, float)
